@@ -1,0 +1,1 @@
+//! The REST API of the Bulbil daemon, server and client

@@ -1,0 +1,1 @@
+//! Catalog and use cases: import, launch, stop, remove

@@ -1,0 +1,1 @@
+//! Serves block devices over NBD

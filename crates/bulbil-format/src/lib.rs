@@ -1,0 +1,1 @@
+//! Reads disk image formats safely and writes seed disks

@@ -1,0 +1,1 @@
+//! Instance metadata as each cloud serves it

@@ -1,0 +1,1 @@
+//! An instance's Ethernet: ARP, DHCP, DNS, NAT, port forwards

@@ -1,0 +1,1 @@
+//! The image store: block matching, frames, packs, manifests, digests

@@ -1,0 +1,1 @@
+//! Runs virtual machines under QEMU

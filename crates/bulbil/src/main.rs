@@ -1,0 +1,2 @@
+//! Clone and launch operating system images in seconds, on your own machines
+fn main() {}
