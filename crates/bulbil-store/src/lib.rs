@@ -1,1 +1,42 @@
-//! The image store: block matching, frames, packs, manifests, digests
+//! The image store: disks as deduplicated blocks in compressed, verified frames.
+//!
+//! ```text
+//! disk ── 4 KiB blocks ── match against known blocks ── new ones, densely ── 128 KiB frames ── packs
+//!   └── SHA-256 tree over 128 KiB windows = digest          extents ── manifest, published last
+//! ```
+//!
+//! | module | what it decides or does |
+//! |---|---|
+//! | [`digest`](Digest) | the identity of a disk's content, the same in every store |
+//! | `frame`, `pack`, `manifest` | the stored formats, pure encoders and parsers |
+//! | `matching` | which blocks of a window are referenced and which are stored (pure) |
+//! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
+//! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
+//! | `objects` | the seam to storage: durable, immutable objects in a directory |
+//! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
+//!
+//! # Trust
+//! Manifest → pack footer digest → frame hash: every byte handed out was hashed against a value
+//! that leads back to the manifest. A frame that does not verify is an error, never data.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests make small numbers"))]
+
+mod digest;
+mod error;
+mod frame;
+mod import;
+mod index;
+mod manifest;
+mod matching;
+mod objects;
+mod pack;
+mod store;
+
+pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
+pub use error::{StoreError, StoreErrorKind};
+pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
+pub use manifest::{Extent, Manifest, PackRef};
+pub use objects::{DirObjects, Objects};
+pub use pack::PackId;
+pub use store::{Store, StoreUsage};

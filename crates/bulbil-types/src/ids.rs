@@ -20,9 +20,8 @@ fn random_hex17() -> String {
 
 fn check(text: &str, prefix: &'static str) -> Result<(), ParseIdError> {
     let digits = text.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('-'));
-    let valid = digits.is_some_and(|d| {
-        d.len() == 17 && d.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    });
+    let valid =
+        digits.is_some_and(|d| d.len() == 17 && d.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)));
     if valid { Ok(()) } else { Err(ParseIdError { text: text.to_owned(), prefix }) }
 }
 

@@ -23,5 +23,11 @@ pub const FRAME_BYTES: u64 = 128 * 1024;
 /// Blocks in a full frame.
 pub const BLOCKS_PER_FRAME: u64 = FRAME_BYTES / BLOCK_BYTES;
 
+/// [`BLOCK_BYTES`] as the length of a buffer.
+pub const BLOCK_LEN: usize = 4096;
+
+/// [`FRAME_BYTES`] as the length of a buffer.
+pub const FRAME_LEN: usize = 128 * 1024;
+
 /// The largest disk Bulbil handles: 64 TiB, the limit of the largest cloud volumes.
 pub const MAX_DISK_BYTES: u64 = 64 << 40;

@@ -58,9 +58,15 @@ mod tests {
 
     #[test]
     fn sizes_are_read_in_every_common_spelling() {
-        for (text, bytes) in
-            [("0", 0), ("512", 512), ("1k", 1024), ("20GiB", 20 << 30), ("20 GB", 20 << 30), ("1t", 1 << 40), ("3MiB", 3 << 20)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("1k", 1024),
+            ("20GiB", 20 << 30),
+            ("20 GB", 20 << 30),
+            ("1t", 1 << 40),
+            ("3MiB", 3 << 20),
+        ] {
             assert_eq!(text.parse::<ByteSize>().unwrap(), ByteSize(bytes), "{text}");
         }
         for text in ["", "GiB", "-1", "1.5G", "1x", "99999999999T", "1 2"] {
@@ -70,7 +76,9 @@ mod tests {
 
     #[test]
     fn sizes_are_shown_short() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (20 << 30, "20 GiB"), (u64::MAX, "15.9 EiB")] {
+        for (bytes, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (20 << 30, "20 GiB"), (u64::MAX, "15.9 EiB")]
+        {
             assert_eq!(ByteSize(bytes).to_string(), text);
         }
     }

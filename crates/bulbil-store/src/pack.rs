@@ -1,0 +1,352 @@
+//! Packs: immutable objects of about 16 MiB that hold frames and a footer.
+//!
+//! All integers are little endian. Every frame of a pack but the last holds 32 blocks, so the
+//! position of a block in its pack (`block / 32` is the frame) needs no table.
+//!
+//! ```text
+//! offset  bytes  what
+//! 0       8      magic "BULBPACK"
+//! 8       4      format version, 1
+//! 12      4      flags, 0 (bit 0 is kept for encryption)
+//! 16      16     pack id, random, never reused
+//! 32      …      frames, one after another
+//! F       48·n   per frame: BLAKE3 of the plain bytes (32) │ offset u64 │ stored bytes u32 │ blocks u16 │ codec u8 │ 0
+//! …       16·m   per block: keyed BLAKE3, first 128 bits
+//! end-64  8      F
+//! end-56  4      n, frames
+//! end-52  4      m, blocks
+//! end-48  32     BLAKE3 of pack id and footer (from F to end-64): the footer digest, which manifests name
+//! end-16  4      format version, 1
+//! end-12  4      0
+//! end-8   8      magic "BULBFOOT"
+//! ```
+//! The footer is last so that a pack can be written in one stream, and at a fixed distance from
+//! the end so that one ranged read of the tail finds it.
+
+use std::fmt;
+
+use bulbil_types::BLOCKS_PER_FRAME;
+
+use crate::error::{StoreError, StoreErrorKind};
+use crate::frame::{Codec, EncodedFrame};
+
+const MAGIC: &[u8; 8] = b"BULBPACK";
+const FOOTER_MAGIC: &[u8; 8] = b"BULBFOOT";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 32;
+const FRAME_RECORD_BYTES: usize = 48;
+const TRAILER_BYTES: usize = 64;
+
+/// A pack is closed when its frames reach this size: large enough that a store of a terabyte is
+/// tens of thousands of objects, small enough to hold in memory while it is written.
+const TARGET_BYTES: usize = 16 << 20;
+
+/// Highly compressible frames must not make a footer that is larger than the data: and a block's
+/// position in its pack fits in 16 bits.
+const MAX_FRAMES: usize = 2048;
+
+/// The largest pack object a reader accepts.
+pub(crate) const MAX_PACK_BYTES: u64 = 64 << 20;
+
+/// A block's identity for deduplication: 128 bits of BLAKE3, keyed per store.
+pub(crate) type BlockHash = [u8; 16];
+
+/// Names a pack.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PackId(pub(crate) [u8; 16]);
+
+impl PackId {
+    pub(crate) fn random() -> Result<Self, StoreError> {
+        let mut id = [0; 16];
+        getrandom::fill(&mut id)
+            .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
+        Ok(Self(id))
+    }
+
+    /// The object's name: 256 directories keep listings short.
+    pub(crate) fn object_name(&self) -> String {
+        format!("packs/{:02x}/{self}.pack", self.0[0])
+    }
+
+    pub(crate) fn from_object_name(name: &str) -> Option<Self> {
+        let hex = name.rsplit('/').next()?.strip_suffix(".pack")?;
+        let value = (hex.len() == 32).then(|| u128::from_str_radix(hex, 16).ok())??;
+        Some(Self(value.to_be_bytes()))
+    }
+}
+
+impl fmt::Display for PackId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl fmt::Debug for PackId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Where a frame lies in its pack and how to check it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FrameRecord {
+    pub(crate) hash: [u8; 32],
+    pub(crate) offset: u64,
+    pub(crate) stored_bytes: u32,
+    pub(crate) blocks: u16,
+    pub(crate) codec: Codec,
+}
+
+/// A parsed and verified footer.
+#[derive(Debug)]
+pub(crate) struct Footer {
+    pub(crate) digest: [u8; 32],
+    pub(crate) frames: Vec<FrameRecord>,
+    pub(crate) blocks: Vec<BlockHash>,
+}
+
+/// A pack that is being filled.
+#[derive(Debug)]
+pub(crate) struct PackBuilder {
+    id: PackId,
+    bytes: Vec<u8>,
+    frames: Vec<FrameRecord>,
+    blocks: Vec<BlockHash>,
+}
+
+/// A finished pack, to be put as one object.
+#[derive(Debug)]
+pub(crate) struct FinishedPack {
+    pub(crate) id: PackId,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) footer: Footer,
+}
+
+impl PackBuilder {
+    pub(crate) fn new(id: PackId) -> Self {
+        let mut bytes = Vec::with_capacity(TARGET_BYTES + (1 << 20));
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&0_u32.to_le_bytes());
+        bytes.extend_from_slice(&id.0);
+        Self { id, bytes, frames: Vec::new(), blocks: Vec::new() }
+    }
+
+    /// Adds a frame and the hashes of its blocks, in order.
+    pub(crate) fn push(&mut self, frame: &EncodedFrame, hashes: &[BlockHash]) {
+        let previous_full = self.frames.last().is_none_or(|f| u64::from(f.blocks) == BLOCKS_PER_FRAME);
+        assert!(previous_full && hashes.len() == usize::from(frame.blocks), "only the last frame may be short");
+        self.frames.push(FrameRecord {
+            hash: frame.hash,
+            offset: self.bytes.len() as u64,
+            stored_bytes: u32::try_from(frame.stored.len()).expect("a frame is at most 128 KiB"),
+            blocks: frame.blocks,
+            codec: frame.codec,
+        });
+        self.bytes.extend_from_slice(&frame.stored);
+        self.blocks.extend_from_slice(hashes);
+    }
+
+    /// The most frames a pack may hold.
+    pub(crate) const MAX_FRAMES: usize = MAX_FRAMES;
+
+    /// Whether its first `frames` frames alone reach the target size.
+    pub(crate) fn is_full_with(&self, frames: usize) -> bool {
+        let end = frames.checked_sub(1).and_then(|last| self.frames.get(last));
+        end.is_some_and(|frame| frame.offset + u64::from(frame.stored_bytes) >= TARGET_BYTES as u64)
+    }
+
+    pub(crate) fn finish(mut self) -> FinishedPack {
+        let footer_offset = self.bytes.len();
+        for frame in &self.frames {
+            self.bytes.extend_from_slice(&frame.hash);
+            self.bytes.extend_from_slice(&frame.offset.to_le_bytes());
+            self.bytes.extend_from_slice(&frame.stored_bytes.to_le_bytes());
+            self.bytes.extend_from_slice(&frame.blocks.to_le_bytes());
+            self.bytes.extend_from_slice(&[frame.codec as u8, 0]);
+        }
+        self.bytes.extend_from_slice(self.blocks.as_flattened());
+        let digest = footer_digest(self.id, &self.bytes[footer_offset..]);
+        self.bytes.extend_from_slice(&(footer_offset as u64).to_le_bytes());
+        self.bytes.extend_from_slice(&u32::try_from(self.frames.len()).expect("bounded").to_le_bytes());
+        self.bytes.extend_from_slice(&u32::try_from(self.blocks.len()).expect("bounded").to_le_bytes());
+        self.bytes.extend_from_slice(&digest);
+        self.bytes.extend_from_slice(&VERSION.to_le_bytes());
+        self.bytes.extend_from_slice(&0_u32.to_le_bytes());
+        self.bytes.extend_from_slice(FOOTER_MAGIC);
+        FinishedPack {
+            id: self.id,
+            bytes: self.bytes,
+            footer: Footer { digest, frames: self.frames, blocks: self.blocks },
+        }
+    }
+}
+
+fn footer_digest(id: PackId, footer: &[u8]) -> [u8; 32] {
+    *blake3::Hasher::new().update(&id.0).update(footer).finalize().as_bytes()
+}
+
+/// Bytes from the end of a pack that surely hold its footer when it has at most this many frames of 32 blocks.
+pub(crate) fn tail_guess_bytes(pack_bytes: u64) -> u64 {
+    // A usual pack: 16 MiB at a ratio of 2 to 3 is 300 frames, 560 footer bytes each.
+    pack_bytes.min(256 << 10)
+}
+
+/// Tells how many bytes from the end hold trailer and footer.
+///
+/// # Errors
+/// `Corrupt` or `UnsupportedVersion`.
+pub(crate) fn footer_span(tail: &[u8], pack_bytes: u64) -> Result<u64, StoreError> {
+    let trailer = parse_trailer(tail)?;
+    let span = pack_bytes.checked_sub(trailer.footer_offset).filter(|span| *span <= MAX_PACK_BYTES);
+    let expected =
+        trailer.frames as u64 * FRAME_RECORD_BYTES as u64 + trailer.blocks as u64 * 16 + TRAILER_BYTES as u64;
+    span.filter(|span| *span == expected).ok_or_else(|| StoreError::corrupt("pack trailer does not fit its size"))
+}
+
+struct Trailer {
+    footer_offset: u64,
+    frames: u32,
+    blocks: u32,
+    digest: [u8; 32],
+}
+
+fn parse_trailer(tail: &[u8]) -> Result<Trailer, StoreError> {
+    let trailer = tail.len().checked_sub(TRAILER_BYTES).and_then(|start| tail.get(start..));
+    let trailer =
+        trailer.filter(|t| &t[56..] == FOOTER_MAGIC).ok_or_else(|| StoreError::corrupt("pack has no footer"))?;
+    let version = u32_at(trailer, 48);
+    if version != VERSION {
+        return Err(StoreError::new(
+            StoreErrorKind::UnsupportedVersion,
+            format!("pack format version {version} is not known"),
+        ));
+    }
+    Ok(Trailer {
+        footer_offset: u64_at(trailer, 0),
+        frames: u32_at(trailer, 8),
+        blocks: u32_at(trailer, 12),
+        digest: trailer[16..48].try_into().expect("32 bytes"),
+    })
+}
+
+/// Parses the last bytes of a pack, which must hold the whole footer (see [`footer_span`]).
+///
+/// # Errors
+/// `Corrupt` when anything does not fit or verify.
+pub(crate) fn parse_footer(id: PackId, tail: &[u8], pack_bytes: u64) -> Result<Footer, StoreError> {
+    let corrupt = |what: &str| StoreError::corrupt(format!("pack {id}: {what}"));
+    let span = footer_span(tail, pack_bytes)?;
+    let start = usize::try_from(span).ok().and_then(|span| tail.len().checked_sub(span));
+    let footer = start.map(|start| &tail[start..tail.len() - TRAILER_BYTES]).ok_or_else(|| corrupt("footer is cut"))?;
+    let trailer = parse_trailer(tail)?;
+    if footer_digest(id, footer) != trailer.digest {
+        return Err(corrupt("footer does not match its digest"));
+    }
+    let (records, hashes) = footer.split_at(trailer.frames as usize * FRAME_RECORD_BYTES);
+    let frames = records.chunks_exact(FRAME_RECORD_BYTES).map(parse_record).collect::<Option<Vec<_>>>();
+    let frames = frames.ok_or_else(|| corrupt("unknown frame codec"))?;
+    let blocks: Vec<BlockHash> = hashes.chunks_exact(16).map(|h| h.try_into().expect("16 bytes")).collect();
+    check_records(&frames, blocks.len(), trailer.footer_offset).map_err(corrupt)?;
+    Ok(Footer { digest: trailer.digest, frames, blocks })
+}
+
+fn parse_record(record: &[u8]) -> Option<FrameRecord> {
+    Some(FrameRecord {
+        hash: record[..32].try_into().ok()?,
+        offset: u64_at(record, 32),
+        stored_bytes: u32_at(record, 40),
+        blocks: u16::from_le_bytes(record[44..46].try_into().ok()?),
+        codec: Codec::from_u8(record[46])?,
+    })
+}
+
+fn check_records(frames: &[FrameRecord], blocks: usize, footer_offset: u64) -> Result<(), &'static str> {
+    let mut offset = HEADER_BYTES as u64;
+    let mut counted = 0_usize;
+    for (index, frame) in frames.iter().enumerate() {
+        let full = u64::from(frame.blocks) == BLOCKS_PER_FRAME;
+        let last = index + 1 == frames.len();
+        if frame.blocks == 0 || u64::from(frame.blocks) > BLOCKS_PER_FRAME || !(full || last) {
+            return Err("a frame has a wrong number of blocks");
+        }
+        if frame.offset != offset {
+            return Err("frames overlap or leave a gap");
+        }
+        offset += u64::from(frame.stored_bytes);
+        counted += usize::from(frame.blocks);
+    }
+    if offset != footer_offset || counted != blocks || frames.len() > MAX_FRAMES {
+        return Err("footer does not describe the pack");
+    }
+    Ok(())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> FinishedPack {
+        let mut compressor = crate::frame::compressor().unwrap();
+        let mut builder = PackBuilder::new(PackId([0xab; 16]));
+        for (value, blocks) in [(1_u8, 32_usize), (2, 32), (3, 5)] {
+            let frame = crate::frame::encode(vec![value; blocks * 4096], &mut compressor).unwrap();
+            builder.push(&frame, &vec![[value; 16]; blocks]);
+        }
+        builder.finish()
+    }
+
+    #[test]
+    fn a_footer_comes_back() {
+        let pack = sample();
+        let footer = parse_footer(pack.id, &pack.bytes, pack.bytes.len() as u64).unwrap();
+        assert_eq!(footer.frames, pack.footer.frames);
+        assert_eq!(footer.blocks, pack.footer.blocks);
+        assert_eq!(footer.digest, pack.footer.digest);
+        assert_eq!(PackId::from_object_name(&pack.id.object_name()), Some(pack.id));
+    }
+
+    #[test]
+    fn no_changed_footer_byte_goes_unnoticed_and_none_panics() {
+        let pack = sample();
+        let start = pack.footer.frames.iter().map(|f| f.offset + u64::from(f.stored_bytes)).max().unwrap() as usize;
+        for position in start..pack.bytes.len() {
+            for flip in [1, 0x80] {
+                let mut bad = pack.bytes.clone();
+                bad[position] ^= flip;
+                let parsed = parse_footer(pack.id, &bad, bad.len() as u64);
+                let reserved = (pack.bytes.len() - 12..pack.bytes.len() - 8).contains(&position);
+                assert!(parsed.is_err() || reserved, "byte {position}");
+            }
+        }
+        for len in 0..pack.bytes.len() {
+            assert!(parse_footer(pack.id, &pack.bytes[..len], len as u64).is_err());
+        }
+        assert!(parse_footer(PackId([1; 16]), &pack.bytes, pack.bytes.len() as u64).is_err(), "another pack's footer");
+    }
+
+    #[test]
+    fn the_format_never_changes() {
+        // Raw frames: what zstd makes of a text may change, the format around it may not.
+        let mut builder = PackBuilder::new(PackId([0xcd; 16]));
+        for (value, blocks) in [(1_u8, 32_u16), (2, 3)] {
+            let plain = vec![value; usize::from(blocks) * 4096];
+            let hash = *blake3::hash(&plain).as_bytes();
+            let frame = EncodedFrame { hash, codec: Codec::Raw, blocks, stored: plain };
+            builder.push(&frame, &vec![[value; 16]; usize::from(blocks)]);
+        }
+        let pack = builder.finish();
+        let hash = blake3::hash(&pack.bytes).to_hex();
+        assert_eq!((pack.bytes.len(), hash.as_str()), GOLDEN);
+    }
+
+    const GOLDEN: (usize, &str) = (144_112, "e54c44fddd819692876f6868a6124c603539ebaf875c4a6aac3ee21f3f1bf465");
+}
