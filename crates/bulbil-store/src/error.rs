@@ -48,6 +48,12 @@ impl StoreError {
         Self::new(StoreErrorKind::Corrupt, message)
     }
 
+    /// A read that asks for bytes outside a frame, which a sound manifest never leads to.
+    #[must_use]
+    pub fn outside_frame(pack: crate::PackId) -> Self {
+        Self::corrupt(format!("pack {pack}: a frame is shorter than the manifest says"))
+    }
+
     pub(crate) fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::NotFound => StoreErrorKind::NotFound,

@@ -1,1 +1,20 @@
-//! Test support: fakes, oracles, fixtures
+//! Test support: fakes that fail and forget, oracles, reproducible random numbers.
+//!
+//! Only tests depend on this crate.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "helpers of tests may panic, and work on small disks"
+)]
+
+mod disk;
+mod oracle;
+mod power_loss;
+mod rng;
+
+pub use disk::MemoryDisk;
+pub use oracle::{DiskOracle, tagged};
+pub use power_loss::PowerLossDirectory;
+pub use rng::Rng;

@@ -1,0 +1,227 @@
+//! Crashes of the overlay at random points, against an oracle.
+//!
+//! Two kinds: a fake directory that loses what was not synced (power loss) or only what was in
+//! memory (a killed process), cut at any file operation; and real processes that are killed with
+//! SIGKILL while they write to real files.
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use bulbil_store::{Manifest, Store};
+use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
+use bulbil_volume::{BaseCache, BlockDevice as _, HostDirectory, StorageDirectory, Volume};
+
+const SECTORS: u64 = 96 * 8;
+
+/// An image of tagged sectors, half of it zero, in a store of its own.
+struct Image {
+    store: Arc<Store>,
+    cache: Arc<BaseCache>,
+    manifest: Manifest,
+    content: Vec<u8>,
+}
+
+impl Image {
+    fn make(directory: &Path) -> Self {
+        let mut content = Vec::new();
+        for block in 0..SECTORS / 8 {
+            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
+        }
+        let store = Arc::new(Store::open_or_create(&directory.join("store")).unwrap());
+        let disk = MemoryDisk(content.clone());
+        let report = store.import(&disk, &disk).unwrap();
+        let manifest = store.manifest(&report.digest).unwrap();
+        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
+        Self { store, cache, manifest, content }
+    }
+
+    fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
+        let size_bytes = self.content.len() as u64;
+        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
+    }
+}
+
+fn read_all(volume: &Volume) -> Vec<u8> {
+    let mut content = vec![0; volume.size_bytes() as usize];
+    volume.read_at(&mut content, 0).unwrap();
+    content
+}
+
+/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
+fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
+    let first = rng.below(SECTORS);
+    let whole_blocks = rng.one_in(2);
+    let first = if whole_blocks { first / 8 * 8 } else { first };
+    let longest = if rng.one_in(4) { 80 } else { 12 };
+    let sectors = (1 + rng.below(longest)).min(SECTORS - first);
+    let sectors = if whole_blocks { sectors.next_multiple_of(8) } else { sectors };
+    let (offset, len_bytes) = (first * 512, sectors * 512);
+    let fua = rng.one_in(8);
+    let done = match rng.below(10) {
+        0..=5 => {
+            oracle.write(first, sectors, tag);
+            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
+        }
+        6 => {
+            oracle.write(first, sectors, 0);
+            volume.write_zeroes(offset, len_bytes, fua)
+        }
+        7 => {
+            // A discard takes whole blocks only.
+            let (from, to) = (first.next_multiple_of(8), (first + sectors) / 8 * 8);
+            if from < to {
+                oracle.write(from, to - from, 0);
+            }
+            volume.discard(offset, len_bytes, fua)
+        }
+        _ => {
+            if volume.flush().is_err() {
+                return false;
+            }
+            oracle.flushed();
+            return true;
+        }
+    };
+    if done.is_err() {
+        return false;
+    }
+    if fua {
+        // This volume makes everything durable with a FUA write.
+        oracle.flushed();
+    }
+    true
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_at_2000_random_points_of_power_loss_and_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Image::make(dir.path());
+    let (mut crashes, mut tag) = (0, 1 << 32);
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let directory = PowerLossDirectory::default();
+        let mut oracle = DiskOracle::new(&image.content);
+        for _ in 0..10 {
+            let volume = image.volume(Arc::new(directory.clone()));
+            directory.set_fuse(rng.below(120));
+            loop {
+                tag += 1;
+                if !step(&volume, &mut oracle, &mut rng, tag) {
+                    break;
+                }
+                let mut content = vec![0; image.content.len()];
+                if rng.one_in(20) && volume.read_at(&mut content, 0).is_ok() {
+                    oracle.check_running(&content).unwrap_or_else(|e| panic!("seed {seed}, running: {e}"));
+                }
+            }
+            assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
+            if rng.one_in(3) {
+                directory.kill_process()
+            } else {
+                directory.lose_power(&mut rng)
+            }
+            crashes += 1;
+            let content = read_all(&image.volume(Arc::new(directory.clone())));
+            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
+        }
+    }
+    assert_eq!(crashes, 2000);
+}
+
+/// Where a killed writer works; its presence makes the test below act as that writer.
+const WRITER_DIRECTORY: &str = "BULBIL_TEST_WRITER_DIRECTORY";
+const WRITER_SEED: &str = "BULBIL_TEST_WRITER_SEED";
+
+#[test]
+fn nothing_acknowledged_is_lost_when_1000_processes_are_killed() {
+    if let Ok(directory) = std::env::var(WRITER_DIRECTORY) {
+        write_until_killed(Path::new(&directory), std::env::var(WRITER_SEED).unwrap().parse().unwrap());
+    }
+    let seed: u64 = std::process::id().into();
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    for round in 0..20 {
+        let dir = tempfile::tempdir().unwrap();
+        let image = Image::make(dir.path());
+        std::fs::create_dir(dir.path().join("volume")).unwrap();
+        let mut oracle = DiskOracle::new(&image.content);
+        for kill in 0..50 {
+            let lines = run_writer(dir.path(), rng.next_u64(), rng.below(60));
+            replay(&lines, &mut oracle);
+            let storage = Arc::new(HostDirectory::new(&dir.path().join("volume")));
+            let content = read_all(&image.volume(storage));
+            oracle
+                .check_after_crash(&content)
+                .unwrap_or_else(|e| panic!("seed {seed}, round {round}, kill {kill}: {e}\n{lines:?}"));
+        }
+    }
+}
+
+/// Starts a writer, kills it after it has said `lines` lines, and returns all it said.
+fn run_writer(directory: &Path, seed: u64, lines: u64) -> Vec<String> {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "nothing_acknowledged_is_lost_when_1000_processes_are_killed", "--nocapture"])
+        .env(WRITER_DIRECTORY, directory)
+        .env(WRITER_SEED, seed.to_string())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut heard = Vec::new();
+    for line in said.by_ref() {
+        heard.push(line);
+        if heard.iter().filter(|line| line.starts_with('!')).count() as u64 >= lines {
+            break;
+        }
+    }
+    child.kill().unwrap();
+    // What was in the pipe when it died counts as well.
+    heard.extend(said);
+    child.wait().unwrap();
+    heard
+}
+
+/// The writer: says what it is about to do, does it, and says when a flush was acknowledged.
+fn write_until_killed(directory: &Path, seed: u64) -> ! {
+    let image = Image::make(directory);
+    let volume = image.volume(Arc::new(HostDirectory::new(&directory.join("volume"))));
+    let mut rng = Rng::new(seed);
+    let mut out = std::io::stdout().lock();
+    let mut say = |line: String| {
+        // One write each, so that a line is whole or not there.
+        out.write_all(line.as_bytes()).unwrap();
+        out.flush().unwrap();
+    };
+    loop {
+        let first = rng.below(SECTORS);
+        let sectors = (1 + rng.below(24)).min(SECTORS - first);
+        if rng.one_in(5) {
+            volume.flush().unwrap();
+            say("!flushed\n".to_owned());
+        } else if rng.one_in(6) {
+            say(format!("!write {first} {sectors} 0\n"));
+            volume.write_zeroes(first * 512, sectors * 512, false).unwrap();
+        } else {
+            let tag = rng.next_u64() | 1;
+            say(format!("!write {first} {sectors} {tag}\n"));
+            volume.write_at(&tagged(tag, sectors as usize), first * 512, false).unwrap();
+        }
+    }
+}
+
+fn replay(lines: &[String], oracle: &mut DiskOracle) {
+    for line in lines.iter().filter_map(|line| line.split('!').nth(1)) {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["flushed"] => oracle.flushed(),
+            ["write", first, sectors, tag] => {
+                oracle.write(first.parse().unwrap(), sectors.parse().unwrap(), tag.parse().unwrap());
+            }
+            _ => {}
+        }
+    }
+}
