@@ -1,0 +1,40 @@
+//! Integers out of untrusted bytes, without panics.
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("disk offsets are kept in memory sizes: only 64-bit machines are supported");
+
+/// Returns a byte count as an index.
+///
+/// # Panics
+/// Never: only 64-bit machines are supported.
+pub(crate) fn to_usize(value: u64) -> usize {
+    usize::try_from(value).expect("a usize has 64 bits")
+}
+
+/// Returns an index or length as a byte count.
+///
+/// # Panics
+/// Never: only 64-bit machines are supported.
+pub(crate) fn to_u64(value: usize) -> u64 {
+    u64::try_from(value).expect("a usize has 64 bits")
+}
+
+/// Returns the `N` bytes at `at`, or zeros where `bytes` is too short.
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+}
+
+/// Reads a big-endian integer; zero past the end of `bytes`.
+pub(crate) fn be_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(array_at(bytes, at))
+}
+
+/// Reads a big-endian integer; zero past the end of `bytes`.
+pub(crate) fn be_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(array_at(bytes, at))
+}
+
+/// Turns a table of big-endian words into numbers; a rest of less than eight bytes is left out.
+pub(crate) fn be_words(bytes: &[u8]) -> Box<[u64]> {
+    bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
+}

@@ -1,0 +1,335 @@
+//! The check of a whole image at open: every L1 and L2 entry of the active tree, once, in bounded memory.
+//!
+//! What it proves, so that readers may rely on it:
+//!
+//! - every L2 table, cluster and compressed range that the disk needs lies in the file;
+//! - no host cluster is used twice: not by two L2 tables, not by two clusters, not by a cluster and a table of the
+//!   header. Compressed clusters may share host clusters with each other, as QEMU packs them, but no two begin at the
+//!   same byte. Without this a file of 384 KiB can claim to be 1 TiB of data.
+//!
+//! Refcount blocks and the tables of internal snapshots are not followed: nothing here uses them. Entries beyond the
+//! end of the disk are not looked at, as they are never read.
+
+use crate::bytes::{to_u64, to_usize};
+use crate::{FormatError, ReadAt};
+
+use super::entry::{Cluster, CompressedRange, SUBCLUSTER_BITS, parse_l1, parse_l2};
+use super::header::{Header, need};
+use super::read_l2_table;
+
+/// Host clusters that can be told apart: 128 MiB of bits for each of two maps, touched only where the image uses them.
+/// With clusters of 64 KiB this is a file of 64 TiB.
+const MAX_HOST_CLUSTERS: u64 = 1 << 30;
+/// Compressed clusters, 16 TiB of them at 64 KiB: each [`DuplicateFinder`] pass over this many takes some seconds.
+const MAX_COMPRESSED_CLUSTERS: u64 = 1 << 28;
+/// The last sector of a compressed cluster need not be complete at the end of the file.
+const SECTOR_BYTES: u64 = 512;
+
+/// What an image contains.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Census {
+    pub(super) data_bytes: u64,
+    pub(super) compressed_clusters: u64,
+}
+
+/// Checks the active tree of an image.
+pub(super) fn validate(file: &dyn ReadAt, header: &Header, l1: &[u64]) -> Result<Census, FormatError> {
+    let mut validator = Validator::new(file, header)?;
+    let mut tables = Vec::new();
+    for (index, entry) in l1.iter().enumerate() {
+        let disk_offset = to_u64(index) * header.l2_coverage_bytes();
+        let table = parse_l1(*entry, header.cluster_bytes());
+        let table = table.map_err(|reason| bad_entry("L1", disk_offset, reason))?;
+        if let Some(host_offset) = table {
+            need(file.len_bytes(), host_offset.saturating_add(header.cluster_bytes()), "an L2 table")?;
+            validator.plain.claim(host_offset, header.cluster_bits)?;
+            tables.push((disk_offset, host_offset));
+        }
+    }
+    for (disk_offset, host_offset) in &tables {
+        for_each_cluster(file, header, *disk_offset, *host_offset, |offset, cluster| validator.take(offset, cluster))?;
+    }
+    validator.check_sharing()?;
+    while validator.compressed_offsets.next_pass()? {
+        for (disk_offset, host_offset) in &tables {
+            for_each_cluster(file, header, *disk_offset, *host_offset, |_, cluster| match cluster {
+                Cluster::Compressed(range) => validator.compressed_offsets.push(range.host_offset),
+                _ => Ok(()),
+            })?;
+        }
+    }
+    Ok(validator.census)
+}
+
+fn bad_entry(table: &str, disk_offset: u64, reason: &str) -> FormatError {
+    FormatError::corrupt(format!("{table} entry for disk offset {disk_offset:#x}: {reason}"))
+}
+
+/// Calls `check` with every cluster of the disk that one L2 table maps.
+fn for_each_cluster(
+    file: &dyn ReadAt,
+    header: &Header,
+    disk_offset: u64,
+    host_offset: u64,
+    mut check: impl FnMut(u64, Cluster) -> Result<(), FormatError>,
+) -> Result<(), FormatError> {
+    let table = read_l2_table(file, header, host_offset)?;
+    let offsets = (disk_offset..header.size_bytes).step_by(to_usize(header.cluster_bytes()));
+    for (words, offset) in table.chunks_exact(to_usize(header.l2_entry_words())).zip(offsets) {
+        let (entry, subclusters) = split_entry(words);
+        // The usual case of a sparse image, for speed.
+        if entry == 0 && subclusters == 0 {
+            continue;
+        }
+        let cluster = parse_l2(header, entry, subclusters).map_err(|reason| bad_entry("L2", offset, reason))?;
+        check(offset, cluster)?;
+    }
+    Ok(())
+}
+
+/// Returns the entry and the map of subclusters, zero if there is none.
+pub(super) fn split_entry(words: &[u64]) -> (u64, u64) {
+    (words.first().copied().unwrap_or_default(), words.get(1).copied().unwrap_or_default())
+}
+
+struct Validator<'a> {
+    header: &'a Header,
+    len_bytes: u64,
+    /// Host clusters of tables and of clusters stored as they are.
+    plain: ClusterSet,
+    /// Host clusters with compressed bytes.
+    compressed: ClusterSet,
+    compressed_offsets: DuplicateFinder,
+    census: Census,
+}
+
+impl<'a> Validator<'a> {
+    fn new(file: &dyn ReadAt, header: &'a Header) -> Result<Self, FormatError> {
+        let len_bytes = file.len_bytes();
+        let host_clusters = len_bytes.div_ceil(header.cluster_bytes());
+        if host_clusters > MAX_HOST_CLUSTERS {
+            let what = format!("a file of {host_clusters} clusters");
+            return Err(FormatError::TooLarge { what, limit: MAX_HOST_CLUSTERS });
+        }
+        let mut plain = ClusterSet::new(host_clusters);
+        let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8);
+        plain.claim(0, header.cluster_bits)?;
+        for table in [&(header.l1_offset..l1_end), &header.refcount_table, &header.snapshot_table] {
+            for offset in table.clone().step_by(to_usize(header.cluster_bytes())) {
+                plain.claim(offset, header.cluster_bits)?;
+            }
+        }
+        Ok(Self {
+            header,
+            len_bytes,
+            plain,
+            compressed: ClusterSet::new(host_clusters),
+            compressed_offsets: DuplicateFinder::new(DUPLICATE_FINDER_KEYS),
+            census: Census::default(),
+        })
+    }
+
+    fn take(&mut self, disk_offset: u64, cluster: Cluster) -> Result<(), FormatError> {
+        match cluster {
+            Cluster::Zero { reserved_at: None } => Ok(()),
+            // Space set aside is never read, so it need not be in the file.
+            Cluster::Zero { reserved_at: Some(host_offset) } if host_offset >= self.len_bytes => Ok(()),
+            Cluster::Zero { reserved_at: Some(host_offset) } => self.plain.claim(host_offset, self.header.cluster_bits),
+            Cluster::Data { host_offset } => self.take_data(disk_offset, host_offset, u32::MAX),
+            Cluster::Subclusters { host_offset, allocated } => self.take_data(disk_offset, host_offset, allocated),
+            Cluster::Compressed(range) => self.take_compressed(disk_offset, range),
+        }
+    }
+
+    /// The part of a cluster within the disk.
+    fn cluster_len(&self, disk_offset: u64) -> u64 {
+        self.header.cluster_bytes().min(self.header.size_bytes.saturating_sub(disk_offset))
+    }
+
+    fn take_data(&mut self, disk_offset: u64, host_offset: u64, allocated: u32) -> Result<(), FormatError> {
+        let subcluster_bits = self.header.cluster_bits - SUBCLUSTER_BITS;
+        let cluster_len = self.cluster_len(disk_offset);
+        // The file may end within the last cluster, after the last part of it that is read.
+        let used_subclusters = u64::from(u32::BITS - allocated.leading_zeros());
+        let used_bytes = (used_subclusters << subcluster_bits).min(cluster_len);
+        need(self.len_bytes, host_offset.saturating_add(used_bytes), "a data cluster")?;
+        self.census.data_bytes += stored_bytes(allocated, subcluster_bits, cluster_len);
+        self.plain.claim(host_offset, self.header.cluster_bits)
+    }
+
+    fn take_compressed(&mut self, disk_offset: u64, range: CompressedRange) -> Result<(), FormatError> {
+        if range.host_offset >= self.len_bytes || range.end() >= self.len_bytes.saturating_add(SECTOR_BYTES) {
+            return need(self.len_bytes, range.end(), "a compressed cluster");
+        }
+        self.census.data_bytes += self.cluster_len(disk_offset);
+        self.census.compressed_clusters += 1;
+        if self.census.compressed_clusters > MAX_COMPRESSED_CLUSTERS {
+            let what = "the number of compressed clusters".to_owned();
+            return Err(FormatError::TooLarge { what, limit: MAX_COMPRESSED_CLUSTERS });
+        }
+        let first = range.host_offset >> self.header.cluster_bits;
+        let last = range.end().min(self.len_bytes).saturating_sub(1) >> self.header.cluster_bits;
+        for cluster in first..=last {
+            self.compressed.insert(cluster);
+        }
+        self.compressed_offsets.push(range.host_offset)
+    }
+
+    fn check_sharing(&self) -> Result<(), FormatError> {
+        match self.plain.first_common(&self.compressed) {
+            None => Ok(()),
+            Some(cluster) => Err(referenced_twice(cluster << self.header.cluster_bits)),
+        }
+    }
+}
+
+/// Counts the bytes in the stored parts of a cluster of which the first `cluster_len` bytes are in the disk.
+fn stored_bytes(allocated: u32, subcluster_bits: u32, cluster_len: u64) -> u64 {
+    if allocated == u32::MAX {
+        return cluster_len;
+    }
+    let stored = (0..u32::BITS).filter(|bit| allocated & (1 << bit) != 0);
+    let in_disk = stored.map(|bit| cluster_len.saturating_sub(u64::from(bit) << subcluster_bits));
+    in_disk.map(|bytes| bytes.min(1 << subcluster_bits)).sum()
+}
+
+fn referenced_twice(host_offset: u64) -> FormatError {
+    FormatError::corrupt(format!("cluster {host_offset:#x} referenced twice"))
+}
+
+/// A set of host clusters of the file, one bit each.
+struct ClusterSet {
+    words: Vec<u64>,
+}
+
+impl ClusterSet {
+    fn new(host_clusters: u64) -> Self {
+        Self { words: vec![0; to_usize(host_clusters.div_ceil(64))] }
+    }
+
+    /// Adds a cluster; returns whether it was not there before. Clusters past the end of the file are in no set.
+    fn insert(&mut self, cluster: u64) -> bool {
+        let Some(word) = self.words.get_mut(to_usize(cluster / 64)) else { return true };
+        let bit = 1 << (cluster % 64);
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
+
+    /// Adds the cluster at a host offset and fails if it was there.
+    fn claim(&mut self, host_offset: u64, cluster_bits: u32) -> Result<(), FormatError> {
+        if self.insert(host_offset >> cluster_bits) { Ok(()) } else { Err(referenced_twice(host_offset)) }
+    }
+
+    fn first_common(&self, other: &Self) -> Option<u64> {
+        let mut words = self.words.iter().zip(&other.words).map(|(a, b)| a & b).enumerate();
+        words
+            .find(|(_, common)| *common != 0)
+            .map(|(index, common)| to_u64(index) * 64 + u64::from(common.trailing_zeros()))
+    }
+}
+
+/// 64 MiB of keys, twice that while sorting out a full pass.
+const DUPLICATE_FINDER_KEYS: usize = 8 << 20;
+
+/// Finds out whether a key occurs twice in a sequence that is too long to keep, by going over it several times.
+///
+/// Each pass looks at the keys above those of the pass before and keeps the lowest of them that fit. Most images need
+/// one pass. Unlike hashing, no choice of keys makes it need more memory.
+struct DuplicateFinder {
+    capacity: usize,
+    keys: Vec<u64>,
+    /// Keys up to here were looked at in earlier passes.
+    done: Option<u64>,
+    /// Keys above this are left to a later pass.
+    limit: u64,
+    /// Whether any key was left.
+    more: bool,
+}
+
+impl DuplicateFinder {
+    fn new(capacity: usize) -> Self {
+        Self { capacity, keys: Vec::new(), done: None, limit: u64::MAX, more: false }
+    }
+
+    fn push(&mut self, key: u64) -> Result<(), FormatError> {
+        if self.done.is_some_and(|done| key <= done) {
+            return Ok(());
+        }
+        if key > self.limit {
+            self.more = true;
+            return Ok(());
+        }
+        self.keys.push(key);
+        if self.keys.len() >= self.capacity.saturating_mul(2) {
+            self.sort()?;
+            self.keys.truncate(self.capacity);
+            self.limit = self.keys.last().copied().unwrap_or(self.limit);
+            self.more = true;
+        }
+        Ok(())
+    }
+
+    /// Ends a pass; returns whether the whole sequence must be pushed once more.
+    fn next_pass(&mut self) -> Result<bool, FormatError> {
+        self.sort()?;
+        self.done = Some(self.limit);
+        self.limit = u64::MAX;
+        self.keys.clear();
+        Ok(std::mem::take(&mut self.more))
+    }
+
+    fn sort(&mut self) -> Result<(), FormatError> {
+        self.keys.sort_unstable();
+        match self.keys.array_windows().find(|[a, b]| a == b) {
+            Some([key, _]) => Err(FormatError::corrupt(format!("compressed cluster at {key:#x} referenced twice"))),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn has_duplicate(keys: &[u64], capacity: usize) -> bool {
+        let mut finder = DuplicateFinder::new(capacity);
+        loop {
+            for key in keys {
+                if finder.push(*key).is_err() {
+                    return true;
+                }
+                assert!(finder.keys.len() <= 2 * capacity);
+            }
+            match finder.next_pass() {
+                Err(_) => return true,
+                Ok(false) => return false,
+                Ok(true) => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_duplicate_is_found_wherever_it_is() {
+        let scattered: Vec<u64> = (0..1000_u64).map(|n| n * 7919 % 1009).collect();
+        for capacity in [1, 2, 10, 499, 500, 501, 2000] {
+            assert!(!has_duplicate(&scattered, capacity), "capacity {capacity}");
+            for twice in [0, 1, 499, 998, 999] {
+                for at in [0, 500, 1000] {
+                    let mut keys = scattered.clone();
+                    keys.insert(at, scattered[twice]);
+                    assert!(has_duplicate(&keys, capacity), "capacity {capacity}, {twice} again at {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cluster_sets_find_what_they_share() {
+        let (mut a, mut b) = (ClusterSet::new(1000), ClusterSet::new(1000));
+        assert!(a.insert(3) && a.insert(999) && !a.insert(3));
+        assert!(b.insert(4) && a.first_common(&b).is_none());
+        assert!(b.insert(999));
+        assert_eq!(a.first_common(&b), Some(999));
+    }
+}
