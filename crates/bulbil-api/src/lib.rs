@@ -1,1 +1,31 @@
-//! The REST API of the Bulbil daemon, server and client
+//! The REST API of the Bulbil daemon: server and client.
+//!
+//! HTTP/1.1 over the unix socket in the data directory; whoever may open the socket may do
+//! everything. Bodies are JSON. What takes long (`import`, `launch`, `start`) answers with a stream
+//! of [`Event`]s, one JSON document per line; the last one is `done` or `error`. Dropping the
+//! connection cancels an import, and only ends the watching of a launch.
+//!
+//! | method and path | does |
+//! |---|---|
+//! | `GET /v1/health` | tells version and process id |
+//! | `GET /v1/images`, `POST /v1/images` | lists; imports (stream) |
+//! | `GET`, `DELETE /v1/images/{image}` | shows; removes |
+//! | `GET /v1/instances`, `POST /v1/instances?wait=` | lists; launches (stream) |
+//! | `GET`, `DELETE /v1/instances/{instance}?force=` | shows; removes |
+//! | `POST /v1/instances/{instance}/start?wait=` | starts (stream) |
+//! | `POST /v1/instances/{instance}/stop?grace_s=&force=` | stops and waits until it is |
+//! | `GET /v1/store` | what the store takes |
+//! | `POST /v1/shutdown` | ends the daemon; instances go on |
+//!
+//! Errors are `{"error": {"code", "message", "causes"}}` with a matching status; `code` is an
+//! [`ErrorCode`](bulbil_control::ErrorCode).
+
+#![forbid(unsafe_code)]
+
+mod client;
+mod event;
+mod server;
+
+pub use client::{Client, ClientError, EventStream};
+pub use event::{Event, Health, Wait};
+pub use server::serve;

@@ -1,0 +1,257 @@
+//! The server: routes, and nothing that decides.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bulbil_control::{
+    Control, ControlError, ErrorCode, ImageRecord, ImportRequest, InstanceState, InstanceView, LaunchRequest,
+};
+use futures_util::stream;
+use serde::Deserialize;
+use tokio::net::UnixListener;
+use tokio::sync::{Notify, mpsc};
+
+use crate::event::{ErrorBody, Event, Health, Wait};
+
+/// User data as a JSON array of numbers takes four bytes for each; the largest is 1 MiB.
+const MAX_BODY_BYTES: usize = 8 << 20;
+
+/// Events that wait for a slow client.
+const EVENTS_AHEAD: usize = 64;
+
+/// How long a guest may take to power off when the client does not say.
+const DEFAULT_GRACE: Duration = Duration::from_secs(60);
+
+#[derive(Clone)]
+struct Api {
+    control: Arc<Control>,
+    shutdown: Arc<Notify>,
+}
+
+/// Serves the API until a client asks to shut down or `stop` is notified.
+///
+/// # Errors
+/// When the socket fails.
+pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Notify>) -> std::io::Result<()> {
+    let api = Api { control, shutdown: Arc::clone(&stop) };
+    let router = Router::new()
+        .route("/v1/health", get(health))
+        .route("/v1/images", get(list_images).post(import_image))
+        .route("/v1/images/{image}", get(show_image).delete(remove_image))
+        .route("/v1/instances", get(list_instances).post(launch))
+        .route("/v1/instances/{instance}", get(show_instance).delete(remove_instance))
+        .route("/v1/instances/{instance}/start", post(start_instance))
+        .route("/v1/instances/{instance}/stop", post(stop_instance))
+        .route("/v1/store", get(store_usage))
+        .route("/v1/shutdown", post(shutdown))
+        .fallback(|| async { Failure(ControlError::new(ErrorCode::NotFound, "there is no such path in the API")) })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(api);
+    axum::serve(listener, router).with_graceful_shutdown(async move { stop.notified().await }).await
+}
+
+/// An error on its way out.
+struct Failure(ControlError);
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = match self.0.code() {
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::InUse => StatusCode::CONFLICT,
+            ErrorCode::Invalid => StatusCode::BAD_REQUEST,
+            ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorCode::MissingProgram => StatusCode::FAILED_DEPENDENCY,
+            ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            ErrorCode::Cancelled | ErrorCode::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        if status.is_server_error() {
+            tracing::error!(error = %self.0, causes = ?self.0.causes(), "request failed");
+        }
+        (status, Json(ErrorBody { error: self.0 })).into_response()
+    }
+}
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+async fn health() -> Json<Health> {
+    Json(Health { version: env!("CARGO_PKG_VERSION").to_owned(), pid: std::process::id() })
+}
+
+async fn list_images(State(api): State<Api>) -> Answer<Vec<ImageRecord>> {
+    Ok(Json(api.control.images().await?))
+}
+
+async fn show_image(State(api): State<Api>, Path(image): Path<String>) -> Answer<ImageRecord> {
+    Ok(Json(api.control.image(&image).await?))
+}
+
+async fn remove_image(State(api): State<Api>, Path(image): Path<String>) -> Answer<ImageRecord> {
+    Ok(Json(api.control.remove_image(&image).await?))
+}
+
+async fn import_image(State(api): State<Api>, Json(request): Json<ImportRequest>) -> Response {
+    let (events, stream) = mpsc::channel(EVENTS_AHEAD);
+    tokio::spawn(async move {
+        let (progress_sender, mut progress) = mpsc::channel(EVENTS_AHEAD);
+        let listening = events.clone();
+        // Ends, and with it the import, when the client is gone.
+        let forward = tokio::spawn(async move {
+            while let Some(step) = progress.recv().await {
+                if listening.send(Event::Progress(step)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let imported = api.control.import_image(request, progress_sender).await;
+        drop(forward.await);
+        let last = match imported {
+            Ok(image) => vec![Event::Image { image: Box::new(image) }, Event::Done],
+            Err(error) => vec![Event::Error { error }],
+        };
+        for event in last {
+            drop(events.send(event).await);
+        }
+    });
+    stream_response(stream)
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    #[serde(default)]
+    wait: Wait,
+}
+
+async fn launch(
+    State(api): State<Api>,
+    Query(query): Query<WaitQuery>,
+    Json(request): Json<LaunchRequest>,
+) -> Result<Response, Failure> {
+    let dry_run = request.dry_run;
+    let instances = api.control.launch(request).await?;
+    let wait = if dry_run { Wait::None } else { query.wait };
+    Ok(follow(api.control, instances, wait))
+}
+
+async fn start_instance(
+    State(api): State<Api>,
+    Path(instance): Path<String>,
+    Query(query): Query<WaitQuery>,
+) -> Result<Response, Failure> {
+    let instance = api.control.start(&instance).await?;
+    Ok(follow(api.control, vec![instance], query.wait))
+}
+
+/// Tells every change of the instances until they are as far as is waited for.
+fn follow(control: Arc<Control>, instances: Vec<InstanceView>, wait: Wait) -> Response {
+    let (events, stream) = mpsc::channel(EVENTS_AHEAD);
+    tokio::spawn(async move {
+        let following = instances.into_iter().map(|instance| follow_one(&control, instance, wait, &events));
+        futures_util::future::join_all(following).await;
+        drop(events.send(Event::Done).await);
+    });
+    stream_response(stream)
+}
+
+async fn follow_one(control: &Control, mut instance: InstanceView, wait: Wait, events: &mpsc::Sender<Event>) {
+    let mut changes = control.watch(&instance.record.id);
+    loop {
+        if let Some(changes) = &mut changes {
+            instance.run = changes.borrow_and_update().clone();
+        }
+        let told = events.send(Event::Instance { instance: Box::new(instance.clone()) }).await;
+        if told.is_err() || is_far_enough(&instance, wait) {
+            return;
+        }
+        let Some(changes) = &mut changes else { return };
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn is_far_enough(instance: &InstanceView, wait: Wait) -> bool {
+    let stopped = instance.run.state == InstanceState::Stopped;
+    stopped
+        || match wait {
+            Wait::None => true,
+            Wait::Running => instance.run.state == InstanceState::Running,
+            Wait::Ready => instance.run.boot.is_some(),
+        }
+}
+
+fn stream_response(events: mpsc::Receiver<Event>) -> Response {
+    let lines = stream::unfold(events, |mut events| async move {
+        let event = events.recv().await?;
+        let mut line = serde_json::to_vec(&event).expect("events are plain data");
+        line.push(b'\n');
+        Some((Ok::<_, Infallible>(line), events))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+}
+
+async fn list_instances(State(api): State<Api>) -> Answer<Vec<InstanceView>> {
+    Ok(Json(api.control.instances().await?))
+}
+
+async fn show_instance(State(api): State<Api>, Path(instance): Path<String>) -> Answer<InstanceView> {
+    Ok(Json(api.control.instance(&instance).await?))
+}
+
+#[derive(Deserialize)]
+struct StopQuery {
+    #[serde(default)]
+    force: bool,
+    grace_s: Option<u64>,
+}
+
+async fn stop_instance(
+    State(api): State<Api>,
+    Path(instance): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Answer<InstanceView> {
+    let grace = query.grace_s.map_or(DEFAULT_GRACE, Duration::from_secs);
+    Ok(Json(api.control.stop(&instance, grace, query.force).await?))
+}
+
+#[derive(Deserialize)]
+struct ForceQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn remove_instance(
+    State(api): State<Api>,
+    Path(instance): Path<String>,
+    Query(query): Query<ForceQuery>,
+) -> Answer<InstanceView> {
+    Ok(Json(api.control.remove_instance(&instance, query.force).await?))
+}
+
+async fn store_usage(State(api): State<Api>) -> Answer<serde_json::Value> {
+    let usage = api.control.store_usage()?;
+    Ok(Json(serde_json::json!({
+        "packs": usage.packs,
+        "pack_bytes": usage.pack_bytes,
+        "manifests": usage.manifests,
+        "manifest_bytes": usage.manifest_bytes,
+    })))
+}
+
+async fn shutdown(State(api): State<Api>) -> Json<Health> {
+    api.shutdown.notify_one();
+    health().await
+}

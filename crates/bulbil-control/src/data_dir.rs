@@ -1,0 +1,163 @@
+//! Where everything lies: one directory.
+//!
+//! ```text
+//! catalog.db        images and instances
+//! store/            packs and manifests            cache/    decompressed frames of this host
+//! volumes/vol-…/    what instances wrote
+//! instances/i-…/    instance.json, user-data, state.json, serial.log, qemu.log, shim.log, known_hosts
+//! keys/             the key pair that bulbil itself logs in with
+//! run/              bulbil.sock, daemon.pid, daemon.log, daemon.lock; run/<n>/ the sockets of one instance
+//! ```
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use bulbil_types::InstanceId;
+
+use crate::error::{ControlError, ErrorCode};
+
+/// The longest data directory: the sockets below it must fit in the 107 bytes of a socket's path.
+const MAX_PATH_BYTES: usize = 107 - "/run/0123456789abcdef0/console".len();
+
+/// The data directory and the paths in it.
+#[derive(Debug, Clone)]
+pub struct DataDir {
+    root: PathBuf,
+}
+
+impl DataDir {
+    /// Uses or makes a data directory, readable by its owner only.
+    ///
+    /// # Errors
+    /// `Invalid` for a path that is too long for the sockets below it; `NoSpace` or `Failed`.
+    pub fn open(root: &Path) -> Result<Self, ControlError> {
+        let fail = |e| ControlError::io(format!("cannot create the data directory `{}`", root.display()), &e);
+        make_private_directory(root).map_err(fail)?;
+        let root = root.canonicalize().map_err(fail)?;
+        let len = root.as_os_str().len();
+        if len > MAX_PATH_BYTES {
+            let text = format!(
+                "the data directory `{}` has a path of {len} bytes; its sockets allow at most {MAX_PATH_BYTES}",
+                root.display()
+            );
+            return Err(ControlError::new(ErrorCode::Invalid, text));
+        }
+        let data = Self { root };
+        for directory in [data.run(), data.instances()] {
+            make_private_directory(&directory).map_err(fail)?;
+        }
+        Ok(data)
+    }
+
+    /// The directory itself, absolute.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The daemon's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.run().join("bulbil.sock")
+    }
+
+    /// A file of the daemon in the run directory.
+    #[must_use]
+    pub fn run_file(&self, name: &str) -> PathBuf {
+        self.run().join(name)
+    }
+
+    pub(crate) fn run(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    pub(crate) fn catalog(&self) -> PathBuf {
+        self.root.join("catalog.db")
+    }
+
+    /// The image store.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
+    /// The base cache.
+    #[must_use]
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// The volumes.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
+    pub(crate) fn keys(&self) -> PathBuf {
+        self.root.join("keys")
+    }
+
+    fn instances(&self) -> PathBuf {
+        self.root.join("instances")
+    }
+
+    /// The files of one instance.
+    #[must_use]
+    pub fn instance(&self, id: &InstanceId) -> InstanceDir {
+        let short = id.as_str().trim_start_matches("i-");
+        InstanceDir { files: self.instances().join(id.as_str()), sockets: self.run().join(short) }
+    }
+}
+
+/// The files and sockets of one instance.
+#[derive(Debug, Clone)]
+pub struct InstanceDir {
+    files: PathBuf,
+    sockets: PathBuf,
+}
+
+impl InstanceDir {
+    pub(crate) fn create(&self) -> io::Result<()> {
+        make_private_directory(&self.files)?;
+        make_private_directory(&self.sockets)
+    }
+
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        for directory in [&self.sockets, &self.files] {
+            match std::fs::remove_dir_all(directory) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A file that is kept while the instance exists.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.files.join(name)
+    }
+
+    /// A socket that is there while the instance runs.
+    #[must_use]
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.sockets.join(name)
+    }
+}
+
+fn make_private_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Replaces a file as a whole: readers see the old or the new one. Durable when this returns.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension(format!("{}.new", std::process::id()));
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    let parent = path.parent().expect("a file lies in a directory");
+    File::open(parent)?.sync_all()
+}

@@ -1,0 +1,288 @@
+//! Files into the store: a disk of any format becomes a catalogued image.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bulbil_format::{Disk, ExtentKind, FileReader, Format, FormatError, open_disk};
+use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreError, StoreErrorKind};
+use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
+use tokio::sync::mpsc;
+
+use crate::catalog::first_version;
+use crate::control::{Control, now};
+use crate::error::{ControlError, ErrorCode};
+use crate::model::ImageRecord;
+
+/// What to import and as what.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct ImportRequest {
+    /// The file, absolute.
+    pub path: PathBuf,
+    /// Name of the image; by default made of the file's.
+    pub name: Option<Name>,
+    /// Version of the image; `1` by default.
+    pub version: Option<Name>,
+    /// Format of the file: `raw` or `qcow2`; by default it is recognised.
+    pub format: Option<String>,
+}
+
+/// How far an import is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ImportProgress {
+    /// Bytes of data taken in.
+    pub done_bytes: u64,
+    /// Bytes of data in the file's own map.
+    pub total_bytes: u64,
+    /// Bytes written to the store.
+    pub stored_bytes: u64,
+}
+
+/// An open disk as the store wants it.
+struct Source(Box<dyn Disk>);
+
+impl DiskSource for Source {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, SourceError> {
+        let mut at = offset;
+        while at < self.0.size_bytes() {
+            let Some(extent) = self.0.next_extent(at)? else { return Ok(None) };
+            if extent.kind == ExtentKind::Data {
+                return Ok(Some(extent.offset_bytes.max(offset)..extent.end_bytes()));
+            }
+            at = extent.end_bytes();
+        }
+        Ok(None)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        Ok(self.0.read_exact_at(buf, offset)?)
+    }
+}
+
+/// Passes progress on and stops the import when nobody listens any more.
+struct Observer {
+    progress: mpsc::Sender<ImportProgress>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl ImportObserver for Observer {
+    fn progress(&self, done_bytes: u64, total_bytes: u64, stored_bytes: u64) {
+        // A listener that is behind misses a step; the next one says more.
+        if let Err(mpsc::error::TrySendError::Closed(_)) =
+            self.progress.try_send(ImportProgress { done_bytes, total_bytes, stored_bytes })
+        {
+            self.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// What the blocking part of an import found.
+struct Imported {
+    report: ImportReport,
+    format: Format,
+    boot_mode: BootMode,
+}
+
+impl Control {
+    /// Imports a file and catalogues it. The image is visible when this returns, complete and durable.
+    ///
+    /// The import stops when the receiver of `progress` is dropped. Importing a content again under
+    /// the same name gives the image that is there.
+    ///
+    /// # Errors
+    /// `Invalid` for a file that cannot be taken, `InUse` for a name that has other content,
+    /// `NoSpace`, `Cancelled`, `Failed`. The catalog and the store are then as before.
+    pub async fn import_image(
+        &self,
+        request: ImportRequest,
+        progress: mpsc::Sender<ImportProgress>,
+    ) -> Result<ImageRecord, ControlError> {
+        let name = request.name.clone().map_or_else(|| name_of_file(&request.path), Ok)?;
+        let version = request.version.clone().unwrap_or_else(first_version);
+        let format = request.format.as_deref().map(str::parse::<Format>).transpose();
+        let format =
+            format.map_err(|e| ControlError::with_source(ErrorCode::Invalid, cannot_import(&request.path), &e))?;
+        let _one_change_of_images = self.image_changes.lock().await;
+        let wanted = ImageRef::Named { name: name.clone(), version: Some(version.clone()) };
+        let existing = self.catalog.find_image(&wanted).await?;
+        let store = Arc::clone(&self.store);
+        let path = request.path.clone();
+        let imported = tokio::task::spawn_blocking(move || import_blocking(&store, &path, format, progress)).await;
+        let imported =
+            imported.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the import broke off", &e))??;
+        if let Some(existing) = existing {
+            return match existing.digest == imported.report.digest {
+                true => Ok(existing),
+                false => {
+                    self.drop_unused_content(imported.report.digest).await?;
+                    let text = format!("image `{name}:{version}` exists already, with other content");
+                    Err(ControlError::new(ErrorCode::InUse, text))
+                }
+            };
+        }
+        let record = ImageRecord {
+            id: ImageId::random(),
+            name,
+            version,
+            digest: imported.report.digest,
+            size_bytes: imported.report.size_bytes,
+            data_bytes: imported.report.data_bytes,
+            stored_bytes: imported.report.stored_bytes,
+            architecture: Architecture::X86_64,
+            boot_mode: imported.boot_mode,
+            source_format: imported.format.to_string(),
+            created_at: now(),
+        };
+        self.catalog.add_image(&record).await?;
+        tracing::info!(image = %record.id, name = %record.name, digest = %record.digest, "image imported");
+        Ok(record)
+    }
+
+    /// Lists all images.
+    ///
+    /// # Errors
+    /// `Failed` when the catalog cannot be read.
+    pub async fn images(&self) -> Result<Vec<ImageRecord>, ControlError> {
+        self.catalog.images().await
+    }
+
+    /// Finds an image by id, name, or name and version.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for a text that names no image.
+    pub async fn image(&self, wanted: &str) -> Result<ImageRecord, ControlError> {
+        let parsed: ImageRef = wanted
+            .parse()
+            .map_err(|e| ControlError::with_source(ErrorCode::NotFound, format!("there is no image `{wanted}`"), &e))?;
+        let found = self.catalog.find_image(&parsed).await?;
+        found.ok_or_else(|| ControlError::new(ErrorCode::NotFound, format!("there is no image `{wanted}`")))
+    }
+
+    /// Removes an image and frees what nothing else uses.
+    ///
+    /// # Errors
+    /// `NotFound`; `InUse` while an instance was launched from it, running or not.
+    pub async fn remove_image(&self, wanted: &str) -> Result<ImageRecord, ControlError> {
+        let _one_change_of_images = self.image_changes.lock().await;
+        let image = self.image(wanted).await?;
+        let instances = self.catalog.instances().await?;
+        let others = self.catalog.images().await?;
+        let shared = others.iter().any(|other| other.id != image.id && other.digest == image.digest);
+        let mut users = instances.iter().filter(|(record, _)| record.image_digest == image.digest);
+        if !shared && let Some((user, _)) = users.next() {
+            let more = users.count();
+            let and_more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let text = format!("image `{wanted}` is the base of instance `{}`{and_more}", user.name);
+            return Err(ControlError::new(ErrorCode::InUse, text));
+        }
+        self.catalog.remove_image(&image.id).await?;
+        self.drop_unused_content(image.digest).await?;
+        tracing::info!(image = %image.id, name = %image.name, "image removed");
+        Ok(image)
+    }
+
+    /// Frees a content that neither an image nor an instance refers to.
+    async fn drop_unused_content(&self, digest: bulbil_store::Digest) -> Result<(), ControlError> {
+        let used = self.catalog.images().await?.iter().any(|image| image.digest == digest)
+            || self.catalog.instances().await?.iter().any(|(record, _)| record.image_digest == digest);
+        if used {
+            return Ok(());
+        }
+        let store = Arc::clone(&self.store);
+        let freed = tokio::task::spawn_blocking(move || {
+            store.remove_manifest(&digest)?;
+            store.sweep()
+        });
+        let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
+        freed.map(drop).map_err(|e| store_error("cannot free the image's space", &e))
+    }
+}
+
+fn import_blocking(
+    store: &Store,
+    path: &Path,
+    format: Option<Format>,
+    progress: mpsc::Sender<ImportProgress>,
+) -> Result<Imported, ControlError> {
+    let fail = |e: &FormatError| ControlError::with_source(ErrorCode::Invalid, cannot_import(path), e);
+    let file = FileReader::open(path).map_err(|e| fail(&e))?;
+    let disk = open_disk(Arc::new(file), format).map_err(|e| fail(&e))?;
+    let format = disk.format();
+    let boot_mode = boot_mode(&*disk).map_err(|e| fail(&e))?;
+    let observer = Observer { progress, cancelled: Arc::default() };
+    let report = store.import(&Source(disk), &observer).map_err(|e| store_error(&cannot_import(path), &e))?;
+    Ok(Imported { report, format, boot_mode })
+}
+
+fn cannot_import(path: &Path) -> String {
+    format!("cannot import `{}`", path.display())
+}
+
+fn store_error(message: &str, error: &StoreError) -> ControlError {
+    let code = match error.kind() {
+        StoreErrorKind::NoSpace => ErrorCode::NoSpace,
+        StoreErrorKind::Source => ErrorCode::Invalid,
+        StoreErrorKind::Cancelled => ErrorCode::Cancelled,
+        _ => ErrorCode::Failed,
+    };
+    ControlError::with_source(code, message, error)
+}
+
+/// Makes a name of a file's: without its extension, other characters as `-`.
+fn name_of_file(path: &Path) -> Result<Name, ControlError> {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let clean: String =
+        stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).take(63).collect();
+    clean.trim_start_matches(['-', '_', '.']).parse().map_err(|e| {
+        let text = format!("no image name can be made of `{}`; give one with --as", path.display());
+        ControlError::with_source(ErrorCode::Invalid, text, &e)
+    })
+}
+
+/// How firmware starts a disk: by BIOS where the first sector holds boot code, because that is
+/// quicker under emulation, else by UEFI.
+fn boot_mode(disk: &dyn Disk) -> Result<BootMode, FormatError> {
+    let mut sector = [0; 512];
+    disk.read_exact_at(&mut sector, 0)?;
+    Ok(boot_mode_of(&sector))
+}
+
+fn boot_mode_of(first_sector: &[u8; 512]) -> BootMode {
+    // The boot code area ends where the disk signature and the partition table begin.
+    let has_code = first_sector[..440].iter().any(|byte| *byte != 0);
+    let signed = first_sector[510..] == [0x55, 0xaa];
+    if has_code && signed { BootMode::Bios } else { BootMode::Uefi }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_without_boot_code_are_started_by_uefi() {
+        let mut sector = [0; 512];
+        sector[510..].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(boot_mode_of(&sector), BootMode::Uefi, "a protective MBR");
+        sector[0] = 0xeb;
+        assert_eq!(boot_mode_of(&sector), BootMode::Bios);
+        sector[510] = 0;
+        assert_eq!(boot_mode_of(&sector), BootMode::Uefi);
+    }
+
+    #[test]
+    fn image_names_are_made_of_file_names() {
+        let name = |path: &str| name_of_file(Path::new(path)).map(|name| name.to_string()).ok();
+        assert_eq!(name("/x/debian-12.qcow2").as_deref(), Some("debian-12"));
+        assert_eq!(name("/x/my disk (1).raw").as_deref(), Some("my-disk--1-"));
+        assert_eq!(name("/"), None);
+    }
+}

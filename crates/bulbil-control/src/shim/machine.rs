@@ -1,0 +1,168 @@
+//! From a record to a virtual machine that runs.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bulbil_export::nbd::{Export, NbdServer, ServerHandle};
+use bulbil_format::seed::write_iso9660;
+use bulbil_metadata::{InstanceView as MetadataView, nocloud_seed, smbios, system_uuid};
+use bulbil_store::Store;
+use bulbil_types::{BootMode, Personality};
+use bulbil_vm::accel::{self, Accelerator};
+use bulbil_vm::spec::{Disk, DiskSource, Firmware, InstanceSpec, Nic, Paths, Smbios, SocketRole, disk_serial};
+use bulbil_vm::{QemuCommand, QemuProcess, qemu, qemu_argv};
+use bulbil_volume::{BaseCache, BlockDevice as _, Volume, VolumeDirectory};
+
+use crate::control::kvm_probe;
+use crate::data_dir::{DataDir, InstanceDir, replace_file};
+use crate::error::{ControlError, ErrorCode};
+use crate::model::InstanceRecord;
+use crate::process;
+
+fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlError + use<'_> {
+    move |e| ControlError::with_source(ErrorCode::Failed, what, e)
+}
+
+/// The instance's disk, open and served.
+pub(super) struct ServedDisk {
+    volume: Arc<Volume>,
+    server: ServerHandle,
+}
+
+impl ServedDisk {
+    /// Opens the volume and serves it on the instance's socket.
+    pub(super) fn open(data: &DataDir, record: &InstanceRecord) -> Result<Self, ControlError> {
+        let store = Store::open_or_create(&data.store()).map_err(|e| failed("cannot open the image store")(&e))?;
+        let cache = BaseCache::open(&data.cache()).map_err(|e| failed("cannot open the base cache")(&e))?;
+        let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
+        let volume = volumes
+            .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))
+            .map_err(|e| failed("cannot open the root disk")(&e))?;
+        let volume = Arc::new(volume);
+        let export = Export {
+            name: String::new(),
+            description: format!("{} of {}", record.volume_id, record.id),
+            device: Arc::clone(&volume) as _,
+        };
+        let socket = data.instance(&record.id).socket("disk");
+        let served = NbdServer::bind(&socket).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
+        let server = served.map_err(|e| failed("cannot serve the root disk")(&e))?;
+        Ok(Self { volume, server })
+    }
+
+    /// Ends the server and makes everything durable.
+    pub(super) fn close(self) -> Result<(), ControlError> {
+        self.server.shutdown();
+        self.server.wait();
+        self.volume.flush().map_err(|e| failed("cannot flush the root disk")(&e))
+    }
+}
+
+/// A machine that was started.
+pub(super) struct Machine {
+    pub(super) process: QemuProcess,
+    pub(super) accelerator: Accelerator,
+}
+
+/// Starts QEMU for an instance whose disk and network are there already.
+pub(super) async fn start(
+    program: &Path,
+    directory: &InstanceDir,
+    record: &InstanceRecord,
+    view: &MetadataView,
+) -> Result<Machine, ControlError> {
+    let missing = |e: &qemu::QemuError| ControlError::new(ErrorCode::MissingProgram, e.to_string());
+    let search_path = std::env::var_os("PATH").unwrap_or_default();
+    let found = qemu::find_qemu(None, &search_path).map_err(|e| missing(&e))?;
+    let binary = qemu::QemuBinary::probe(&found).await.map_err(|e| missing(&e))?;
+    let choice = std::env::var(process::ACCEL_VARIABLE).unwrap_or_default();
+    let choice = choice.parse().map_err(|e: accel::ParseAccelError| failed("cannot choose an accelerator")(&e))?;
+    let detection = accel::detect_accelerator(choice, &kvm_probe(program))
+        .await
+        .map_err(|e| failed("cannot choose an accelerator")(&e))?;
+    let firmware = firmware(directory, record)?;
+    let seed_iso = seed(directory, record, view)?;
+    let spec = spec(directory, record, view, detection.accelerator, firmware, seed_iso, binary.sandbox);
+    let argv = qemu_argv(&spec, &binary.version).map_err(|e| failed("cannot describe the machine")(&e))?;
+    tracing::info!(?argv, "starting the virtual machine");
+    let command = QemuCommand {
+        program: binary.path,
+        argv,
+        stderr_log: directory.file("qemu.log"),
+        // QEMU finds its firmware by its own paths; it needs nothing of ours.
+        environment: vec![("PATH".into(), search_path)],
+    };
+    let process = QemuProcess::spawn(command).await.map_err(|e| failed("cannot start the virtual machine")(&e))?;
+    Ok(Machine { process, accelerator: detection.accelerator })
+}
+
+fn firmware(directory: &InstanceDir, record: &InstanceRecord) -> Result<Firmware, ControlError> {
+    if record.boot_mode == BootMode::Bios {
+        return Ok(Firmware::Bios);
+    }
+    let ovmf = qemu::find_ovmf().map_err(|e| ControlError::new(ErrorCode::MissingProgram, e.to_string()))?;
+    let vars = directory.file("uefi-vars.fd");
+    qemu::create_uefi_vars(&ovmf.vars, &vars).map_err(|e| failed("cannot prepare the firmware")(&e))?;
+    Ok(Firmware::Uefi(bulbil_vm::UefiFirmware { code: ovmf.code, vars }))
+}
+
+fn seed(
+    directory: &InstanceDir,
+    record: &InstanceRecord,
+    view: &MetadataView,
+) -> Result<Option<std::path::PathBuf>, ControlError> {
+    if record.personality != Personality::NoCloud {
+        return Ok(None);
+    }
+    let files = nocloud_seed(view);
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    let iso = write_iso9660("cidata", &files, view.launched_at).map_err(|e| failed("cannot make the seed disk")(&e))?;
+    let path = directory.file("seed.iso");
+    replace_file(&path, &iso).map_err(|e| ControlError::io("cannot write the seed disk", &e))?;
+    Ok(Some(path))
+}
+
+fn spec(
+    directory: &InstanceDir,
+    record: &InstanceRecord,
+    view: &MetadataView,
+    accelerator: Accelerator,
+    firmware: Firmware,
+    seed_iso: Option<std::path::PathBuf>,
+    sandbox: bool,
+) -> InstanceSpec {
+    InstanceSpec {
+        name: record.name.to_string(),
+        id: record.id.clone(),
+        cpus: record.cpus,
+        memory_bytes: record.memory_bytes,
+        accelerator,
+        firmware,
+        uuid: system_uuid(&record.id, record.personality),
+        smbios: smbios(view).into_iter().map(|table| Smbios::new(table.table, table.fields)).collect(),
+        disks: vec![Disk {
+            node: "disk0".to_owned(),
+            source: DiskSource::Nbd { socket: directory.socket("disk"), export: String::new() },
+            serial: disk_serial(&record.volume_id),
+            read_only: false,
+            boot_index: Some(0),
+        }],
+        seed_iso,
+        nic: Some(Nic {
+            mac: record.mac.clone(),
+            socket: directory.socket("net"),
+            mtu: 1500,
+            role: SocketRole::Connect,
+        }),
+        hotplug_ports: 4,
+        paths: Paths {
+            serial_log: directory.file("serial.log"),
+            console_socket: directory.socket("console"),
+            qmp_socket: directory.socket("qmp"),
+            pid_file: directory.file("qemu.pid"),
+            guest_agent_socket: Some(directory.socket("agent")),
+        },
+        sandbox,
+        start_paused: false,
+    }
+}

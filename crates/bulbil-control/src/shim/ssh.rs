@@ -1,0 +1,118 @@
+//! Looks into the guest over SSH: who may log in, and what cloud-init says of itself.
+
+use std::path::PathBuf;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use bulbil_vm::{CloudInitReport, parse_cloud_init_status};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::Command;
+
+/// Users that images give their keys to, the most common first; used when the console names none.
+const USUAL_USERS: [&str; 10] =
+    ["debian", "ubuntu", "ec2-user", "cloud-user", "fedora", "centos", "almalinux", "rocky", "alpine", "root"];
+
+/// ssh's own failure, apart from that of the command it runs.
+const SSH_FAILED: i32 = 255;
+
+const BANNER_LIMIT: Duration = Duration::from_secs(10);
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Prints both of cloud-init's files, or only the separator where there is none.
+const STATUS_COMMAND: &str = "cat /run/cloud-init/status.json 2>/dev/null; echo; echo ==result==; \
+                              cat /run/cloud-init/result.json 2>/dev/null";
+
+/// How to reach the guest.
+#[derive(Debug, Clone)]
+pub(super) struct SshTarget {
+    pub(super) port: u16,
+    pub(super) identity: PathBuf,
+    pub(super) known_hosts: PathBuf,
+}
+
+/// Waits until a server answers on the forwarded port, and returns its banner.
+pub(super) async fn wait_for_banner(port: u16) -> String {
+    loop {
+        if let Ok(Some(banner)) = tokio::time::timeout(BANNER_LIMIT, read_banner(port)).await {
+            return banner;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn read_banner(port: u16) -> Option<String> {
+    let stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+    let mut line = String::new();
+    // A banner is at most 255 bytes, RFC 4253 section 4.2.
+    BufReader::new(stream.take(1024)).read_line(&mut line).await.ok()?;
+    line.starts_with("SSH-").then(|| line.trim_end().to_owned())
+}
+
+/// What one look into the guest gave.
+#[derive(Debug)]
+pub(super) enum Look {
+    /// cloud-init's report, from this user's session.
+    Report { user: String, report: CloudInitReport },
+    /// A session worked, and there is no cloud-init.
+    NoCloudInit { user: String },
+    /// No user could log in with the keys.
+    NoLogin,
+}
+
+/// Logs in and reads cloud-init's files once.
+pub(super) async fn look(target: &SshTarget, known_user: Option<&str>) -> Look {
+    let users: Vec<&str> = match known_user {
+        Some(user) => vec![user],
+        None => USUAL_USERS.to_vec(),
+    };
+    for user in users {
+        let Some(output) = run(target, user, STATUS_COMMAND).await else { continue };
+        if output.status.code() == Some(SSH_FAILED) {
+            continue;
+        }
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        // An image may answer a login with words of its own, as root's on Debian: that is not a session.
+        let Some((status, result)) = text.split_once("==result==") else { continue };
+        let user = user.to_owned();
+        if status.trim().is_empty() {
+            return Look::NoCloudInit { user };
+        }
+        let result = Some(result.trim()).filter(|text| !text.is_empty());
+        return match parse_cloud_init_status(status.trim(), result) {
+            Ok(report) => Look::Report { user, report },
+            // Half written: it is read again.
+            Err(_) => Look::Report { user, report: CloudInitReport::default() },
+        };
+    }
+    Look::NoLogin
+}
+
+async fn run(target: &SshTarget, user: &str, command: &str) -> Option<Output> {
+    let child = Command::new("ssh")
+        .args(options(target.port, &target.identity.to_string_lossy(), &target.known_hosts.to_string_lossy()))
+        .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=20"])
+        .arg(format!("{user}@127.0.0.1"))
+        .arg(command)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    tokio::time::timeout(COMMAND_LIMIT, child).await.ok()?.ok()
+}
+
+/// The options that make ssh use bulbil's key and the instance's own list of host keys, and
+/// nothing of the user's configuration.
+pub(super) fn options(port: u16, identity: &str, known_hosts: &str) -> Vec<String> {
+    let settings = [
+        format!("IdentityFile={identity}"),
+        "IdentitiesOnly=yes".to_owned(),
+        format!("UserKnownHostsFile={known_hosts}"),
+        "GlobalKnownHostsFile=/dev/null".to_owned(),
+        "StrictHostKeyChecking=accept-new".to_owned(),
+        "LogLevel=ERROR".to_owned(),
+    ];
+    let mut options = vec!["-F".to_owned(), "none".to_owned(), "-p".to_owned(), port.to_string()];
+    options.extend(settings.into_iter().flat_map(|setting| ["-o".to_owned(), setting]));
+    options
+}

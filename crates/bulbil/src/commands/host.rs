@@ -1,0 +1,77 @@
+//! Commands about this machine and the daemon.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use bulbil_api::{Client, ClientError};
+use bulbil_control::{DataDir, HostReport};
+use bulbil_types::ByteSize;
+
+use super::Context;
+use crate::daemon;
+use crate::error::{CliError, CliResult};
+use crate::output::{Printer, fields, table};
+
+/// Tries KVM; the parent kills this process when it hangs.
+pub(crate) fn kvm_probe() -> CliResult<ExitCode> {
+    bulbil_control::probe_kvm().map_err(CliError::new)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<ExitCode> {
+    let search_path = std::env::var_os("PATH").unwrap_or_default();
+    let mut report = HostReport::of_this_host(data_root, &daemon::own_program()?, &search_path).await;
+    let daemon = match Client::new(&data_root.join("run/bulbil.sock")).health().await {
+        Ok(health) => (true, format!("version {}, process {}", health.version, health.pid)),
+        Err(ClientError::NoDaemon(_)) => (true, "not running; it is started when it is needed".to_owned()),
+        Err(error) => (false, error.to_string()),
+    };
+    report.checks.push(("daemon".to_owned(), daemon.0, daemon.1));
+    printer.result(&report, || {
+        let row = |(what, fine, seen): &(String, bool, String)| {
+            vec![what.clone(), if *fine { "ok" } else { "missing" }.to_owned(), seen.clone()]
+        };
+        table(&["CHECK", "", "SEEN"], &report.checks.iter().map(row).collect::<Vec<_>>())
+    })?;
+    // Without these nothing can be launched; the others only help.
+    let needed = ["qemu", "ssh", "ssh-keygen"];
+    let broken = report.checks.iter().any(|(what, fine, _)| !fine && needed.contains(&what.as_str()));
+    Ok(if broken { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+pub(crate) async fn shutdown(data_root: &Path, printer: &Printer) -> CliResult<()> {
+    let data = DataDir::open(data_root)?;
+    match Client::new(&data.socket()).shutdown().await {
+        Ok(health) => {
+            // Gone when its lock is: a command that follows must not meet the old one.
+            let socket = data.socket();
+            for _ in 0..500 {
+                if !socket.exists() {
+                    break;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+            printer.note(&format!("the daemon (process {}) has ended; instances go on", health.pid));
+            Ok(())
+        }
+        Err(ClientError::NoDaemon(_)) => {
+            printer.note("no daemon is running");
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(crate) async fn store_stats(context: &Context<'_>) -> CliResult<()> {
+    let usage = context.client.store_usage().await?;
+    context.printer.result(&usage, || {
+        let number = |name: &str| usage.get(name).and_then(serde_json::Value::as_u64).unwrap_or_default();
+        let size = |name: &str| format!("{} ({})", ByteSize(number(name)), number(name));
+        fields(&[
+            ("packs", number("packs").to_string()),
+            ("pack bytes", size("pack_bytes")),
+            ("manifests", number("manifests").to_string()),
+            ("manifest bytes", size("manifest_bytes")),
+        ])
+    })
+}

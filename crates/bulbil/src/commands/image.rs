@@ -1,0 +1,129 @@
+//! `bulbil image …`
+
+use std::path::Path;
+
+use bulbil_api::Event;
+use bulbil_control::{ErrorCode, ImageRecord, ImportRequest};
+use bulbil_types::ByteSize;
+
+use super::Context;
+use crate::cli::{ImageCommand, NameAndVersion};
+use crate::error::{CliError, CliResult};
+use crate::output::{fields, table};
+use crate::progress;
+
+pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResult<()> {
+    match command {
+        ImageCommand::Import { file, name, format } => {
+            let image = import(context, &file, name, format).await?;
+            context.printer.result(&image, || image.id.to_string())
+        }
+        ImageCommand::List => list(context).await,
+        ImageCommand::Show { image } => {
+            let found = context.client.image(&image).await.map_err(|e| with_image_hint(e.into()))?;
+            context.printer.result(&found, || describe(&found))
+        }
+        ImageCommand::Rm { images } => remove(context, &images).await,
+    }
+}
+
+/// Imports a file while a bar shows how it goes.
+pub(crate) async fn import(
+    context: &Context<'_>,
+    file: &Path,
+    name: Option<NameAndVersion>,
+    format: Option<String>,
+) -> CliResult<ImageRecord> {
+    let path = file.canonicalize().map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
+    let (name, version) = name.map_or((None, None), |n| (Some(n.name), n.version));
+    let request = ImportRequest { path, name, version, format };
+    let started = std::time::Instant::now();
+    let with_hints = |e: bulbil_api::ClientError| {
+        CliError::from(e)
+            .hint_for(ErrorCode::InUse, "give it another version: --as NAME:VERSION, or see: bulbil image list")
+            .hint_for(ErrorCode::NoSpace, "free some space, or choose another --data-dir")
+    };
+    let mut events = context.client.import(&request).await.map_err(with_hints)?;
+    let bar = progress::import_bar();
+    let mut imported = None;
+    while let Some(event) = events.next().await.map_err(with_hints).inspect_err(|_| bar.finish_and_clear())? {
+        match event {
+            Event::Progress(step) => progress::show(&bar, step),
+            Event::Image { image } => imported = Some(*image),
+            _ => {}
+        }
+    }
+    bar.finish_and_clear();
+    let image = imported.ok_or_else(|| CliError::new("the daemon did not say what it imported"))?;
+    context.printer.note(&format!(
+        "imported {}:{} in {}: {} of data, the store grew by {}",
+        image.name,
+        image.version,
+        progress::seconds(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)),
+        ByteSize(image.data_bytes),
+        ByteSize(image.stored_bytes),
+    ));
+    Ok(image)
+}
+
+async fn list(context: &Context<'_>) -> CliResult<()> {
+    let images = context.client.images().await?;
+    context.printer.result(&images, || {
+        let rows: Vec<_> = images
+            .iter()
+            .map(|image| {
+                vec![
+                    image.name.to_string(),
+                    image.version.to_string(),
+                    image.id.to_string(),
+                    ByteSize(image.size_bytes).to_string(),
+                    ByteSize(image.data_bytes).to_string(),
+                    image.boot_mode.to_string(),
+                    when(image.created_at),
+                ]
+            })
+            .collect();
+        table(&["NAME", "VERSION", "ID", "SIZE", "DATA", "BOOT", "IMPORTED"], &rows)
+    })
+}
+
+async fn remove(context: &Context<'_>, images: &[String]) -> CliResult<()> {
+    let mut removed = Vec::new();
+    for image in images {
+        let gone = context.client.remove_image(image).await.map_err(|e| {
+            with_image_hint(e.into()).hint_for(ErrorCode::InUse, "remove the instance first: bulbil rm NAME")
+        })?;
+        context.printer.note(&format!("removed {}:{}", gone.name, gone.version));
+        removed.push(gone);
+    }
+    if context.printer.is_json() { context.printer.result(&removed, String::new) } else { Ok(()) }
+}
+
+pub(crate) fn with_image_hint(error: CliError) -> CliError {
+    error.hint_for(
+        ErrorCode::NotFound,
+        "see which there are: bulbil image list; or import one: bulbil image import FILE",
+    )
+}
+
+fn describe(image: &ImageRecord) -> String {
+    let size = |bytes: u64| format!("{} ({bytes})", ByteSize(bytes));
+    fields(&[
+        ("id", image.id.to_string()),
+        ("name", image.name.to_string()),
+        ("version", image.version.to_string()),
+        ("digest", image.digest.to_string()),
+        ("size", size(image.size_bytes)),
+        ("data", size(image.data_bytes)),
+        ("stored", size(image.stored_bytes)),
+        ("architecture", image.architecture.to_string()),
+        ("boot mode", image.boot_mode.to_string()),
+        ("source format", image.source_format.clone()),
+        ("imported", when(image.created_at)),
+    ])
+}
+
+/// A point in time, to the second.
+pub(crate) fn when(unix_s: i64) -> String {
+    jiff::Timestamp::from_second(unix_s).map_or_else(|_| "-".to_owned(), |at| at.to_string())
+}

@@ -1,0 +1,104 @@
+//! What each command does.
+
+mod console;
+mod host;
+mod image;
+mod instance;
+mod launch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bulbil_control::DataDir;
+use clap::CommandFactory as _;
+
+use crate::cli::{Cli, Command, StoreCommand};
+use crate::daemon;
+use crate::error::{CliError, CliResult};
+use crate::output::Printer;
+
+/// What most commands need: where things lie, the daemon, and where to write.
+pub(crate) struct Context<'a> {
+    pub(crate) data: DataDir,
+    pub(crate) client: bulbil_api::Client,
+    pub(crate) printer: &'a Printer,
+}
+
+/// Runs a command; the exit status is that of a command in a guest, or success.
+pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
+    let data_root = || cli.global.data_dir.clone().map_or_else(daemon::default_data_dir, Ok);
+    match cli.command {
+        Command::Serve { detached } => {
+            log_to_stderr("info");
+            daemon::serve(&data_root()?, detached)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Shim { instance } => {
+            log_to_stderr("info");
+            bulbil_control::shim::run_shim(&data_root()?, &instance, daemon::own_program()?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::KvmProbe => host::kvm_probe(),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "bulbil", &mut script);
+            printer.raw(&script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        command => {
+            log_to_stderr("warn");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.map_err(|e| CliError::io("cannot start the runtime", &e))?;
+            let result = runtime.block_on(run_client(command, data_root()?, printer));
+            // A read of standard input that never ends must not keep the process.
+            runtime.shutdown_background();
+            result
+        }
+    }
+}
+
+async fn run_client(command: Command, data_root: PathBuf, printer: &Printer) -> CliResult<ExitCode> {
+    if matches!(command, Command::Doctor) {
+        return host::doctor(&data_root, printer).await;
+    }
+    if let Command::Shutdown = command {
+        host::shutdown(&data_root, printer).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let data = DataDir::open(&data_root)?;
+    let client = daemon::connect(&data).await?;
+    let context = Context { data, client, printer };
+    match command {
+        Command::Image(command) => image::run(&context, command).await?,
+        Command::Launch(arguments) => launch::launch(&context, arguments).await?,
+        Command::List => instance::list(&context).await?,
+        Command::Show { instance } => instance::show(&context, &instance).await?,
+        Command::Shell { instance, user, command } => {
+            return instance::shell(&context, &instance, user.as_deref(), &command).await;
+        }
+        Command::Exec { instance, user, command } => {
+            return instance::exec(&context, &instance, user.as_deref(), &command).await;
+        }
+        Command::Logs { instance, follow, lines } => console::logs(&context, &instance, follow, lines).await?,
+        Command::Console { instance } => console::attach(&context, &instance).await?,
+        Command::Stop { instance, force, timeout } => instance::stop(&context, &instance, force, timeout).await?,
+        Command::Start { instance, wait } => launch::start(&context, &instance, wait.wait).await?,
+        Command::Reboot { instance, force, wait } => launch::reboot(&context, &instance, force, wait.wait).await?,
+        Command::Rm { instances, all, force } => instance::remove(&context, instances, all, force).await?,
+        Command::Store(StoreCommand::Stats) => host::store_stats(&context).await?,
+        Command::Doctor
+        | Command::Shutdown
+        | Command::Serve { .. }
+        | Command::Shim { .. }
+        | Command::KvmProbe
+        | Command::Completion { .. } => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Logs to standard error; `BULBIL_LOG` chooses what, in the form of `tracing`'s `EnvFilter`.
+fn log_to_stderr(default_level: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BULBIL_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default_level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}

@@ -1,0 +1,150 @@
+//! The daemon, and how a command finds or starts it.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulbil_api::{Client, ClientError};
+use bulbil_control::{Control, DataDir};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use crate::error::{CliError, CliResult};
+
+/// How long a daemon may take to answer after it was started.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// Where everything lies when the user does not say.
+pub(crate) fn default_data_dir() -> CliResult<PathBuf> {
+    let from = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = from("XDG_DATA_HOME").or_else(|| from("HOME").map(|home| home.join(".local/share")));
+    let base = base.ok_or_else(|| {
+        CliError::new("no data directory: HOME is not set").hint("choose one: --data-dir DIR or BULBIL_DATA_DIR")
+    })?;
+    Ok(base.join("bulbil"))
+}
+
+/// The path of this binary.
+pub(crate) fn own_program() -> CliResult<PathBuf> {
+    std::env::current_exe().map_err(|e| CliError::io("cannot find the path of this program", &e))
+}
+
+/// Connects to the daemon of a data directory, which is started when it does not run.
+pub(crate) async fn connect(data: &DataDir) -> CliResult<Client> {
+    let client = Client::new(&data.socket());
+    match client.health().await {
+        Ok(_) => return Ok(client),
+        Err(ClientError::NoDaemon(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let log_path = data.run_file("daemon.log");
+    let mut child = start(data, &log_path).map_err(|e| CliError::io("cannot start the daemon", &e))?;
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        match client.health().await {
+            Ok(_) => return Ok(client),
+            Err(ClientError::NoDaemon(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        // One that ends because another was quicker leaves that one to answer.
+        let ended = child.try_wait().ok().flatten().is_some_and(|status| !status.success());
+        if ended || Instant::now() > deadline {
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            let last = log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+            return Err(CliError::new("the daemon does not start")
+                .caused_by(last)
+                .hint(format!("its log is {}", log_path.display())));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn start(data: &DataDir, log_path: &Path) -> std::io::Result<std::process::Child> {
+    let log = File::options().create(true).append(true).open(log_path)?;
+    Command::new(std::env::current_exe()?)
+        .args(["serve", "--detached", "--data-dir"])
+        .arg(data.root())
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+}
+
+/// Runs the daemon until it is told to end.
+pub(crate) fn serve(data_root: &Path, detached: bool) -> CliResult<()> {
+    if detached {
+        // Apart from the terminal of the command that started it; a leader already is as good.
+        let _already_leader = rustix::process::setsid().is_err();
+    }
+    let data = DataDir::open(data_root)?;
+    let Some(_lock) = lock(&data)? else {
+        if detached {
+            return Ok(());
+        }
+        return Err(CliError::new(format!("a daemon runs already for `{}`", data_root.display()))
+            .hint("end it first: bulbil shutdown"));
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|e| CliError::io("cannot start the daemon's runtime", &e))?;
+    let served = runtime.block_on(serve_until_told(&data));
+    // An import that is running is cut off; it leaves nothing visible.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    served
+}
+
+/// One daemon for a data directory: the lock goes with the process, however it ends.
+fn lock(data: &DataDir) -> CliResult<Option<File>> {
+    let path = data.run_file("daemon.lock");
+    let fail = |e: std::io::Error| CliError::io(format!("cannot lock `{}`", path.display()), &e);
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(fail)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(fail(errno.into())),
+    }
+}
+
+async fn serve_until_told(data: &DataDir) -> CliResult<()> {
+    let control = Control::open(data.clone(), own_program()?).await?;
+    let socket = data.socket();
+    let fail = |e: std::io::Error| CliError::io(format!("cannot listen on `{}`", socket.display()), &e);
+    match std::fs::remove_file(&socket) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&socket).map_err(fail)?;
+    let pid_path = data.run_file("daemon.pid");
+    let mut pid_file = File::create(&pid_path).map_err(fail)?;
+    writeln!(pid_file, "{}", std::process::id()).map_err(fail)?;
+    tracing::info!(socket = %socket.display(), "daemon ready");
+    let stop = Arc::new(Notify::new());
+    let stop_by_signal = Arc::clone(&stop);
+    let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stop_by_signal.notify_one();
+    });
+    let stopped = Arc::clone(&stop);
+    let serving = bulbil_api::serve(listener, control, stop);
+    // Streams of clients that only watch must not keep the daemon.
+    tokio::pin!(serving);
+    let served = tokio::select! {
+        served = &mut serving => served,
+        () = async { stopped.notified().await; stopped.notify_one(); tokio::time::sleep(Duration::from_secs(2)).await } => Ok(()),
+    };
+    for path in [&socket, &pid_path] {
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a file of the daemon");
+        }
+    }
+    served.map_err(fail)
+}
