@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::images::{IMAGES_DIR_VAR, Image, Profile, build, images_dir};
 use crate::run::{Cmd, Steps, cargo, find_program, say};
-use crate::tidy;
+use crate::{setup, tidy};
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
@@ -21,6 +21,7 @@ pub(crate) struct TestArgs {
 /// Everything that a change must pass, the quick checks first.
 pub(crate) fn run() -> Result<()> {
     let mut steps = Steps::new();
+    steps.step("system packages", || setup::ensure(true))?;
     steps.step("format", || cargo().args(["fmt", "--all", "--check"]).hint("cargo fmt --all").run())?;
     steps.step("tidy", tidy::run)?;
     steps.step("guest images", build_images)?;

@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     say("1 system packages   2 release build   3 Debian image   4 import   5 launch   6 look inside");
     let mut steps = Steps::new();
     if !args.skip_setup {
-        steps.step("1 system packages", setup::ensure)?;
+        steps.step("1 system packages", || setup::ensure(false))?;
     }
     steps.step("2 release build", || cargo().args(["build", "--locked", "--release", "--package", "bulbil"]).run())?;
     let mut disk = PathBuf::new();

@@ -42,9 +42,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Installs what running Bulbil and building images needs.
-pub(crate) fn ensure() -> Result<()> {
-    run(&Args { tests: false, check: false, list: false })
+/// Installs what running Bulbil and building images needs, and with `tests` what those need.
+pub(crate) fn ensure(tests: bool) -> Result<()> {
+    run(&Args { tests, check: false, list: false })
 }
 
 fn list() -> Result<()> {

@@ -20,6 +20,8 @@ use crate::run::{Cmd, cargo, say, workspace_root};
 /// is not listed may use no other.  A new arrow gets a design note first.
 const ARROWS: &[(&str, &[&str])] = &[
     ("bulbil-volume", &["bulbil-store"]),
+    // Only tests use it, so what it uses binds nobody.
+    ("bulbil-testkit", &["bulbil-store", "bulbil-volume"]),
     ("bulbil-export", &["bulbil-volume"]),
     ("bulbil-inspect", &["bulbil-volume"]),
     (

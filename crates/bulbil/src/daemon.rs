@@ -36,19 +36,15 @@ pub(crate) fn own_program() -> CliResult<PathBuf> {
 /// Connects to the daemon of a data directory, which is started when it does not run.
 pub(crate) async fn connect(data: &DataDir) -> CliResult<Client> {
     let client = Client::new(&data.socket());
-    match client.health().await {
-        Ok(_) => return Ok(client),
-        Err(ClientError::NoDaemon(_)) => {}
-        Err(error) => return Err(error.into()),
+    if is_there(&client).await? {
+        return Ok(client);
     }
     let log_path = data.run_file("daemon.log");
     let mut child = start(data, &log_path).map_err(|e| CliError::io("cannot start the daemon", &e))?;
     let deadline = Instant::now() + START_LIMIT;
     loop {
-        match client.health().await {
-            Ok(_) => return Ok(client),
-            Err(ClientError::NoDaemon(_)) => {}
-            Err(error) => return Err(error.into()),
+        if is_there(&client).await? {
+            return Ok(client);
         }
         // One that ends because another was quicker leaves that one to answer.
         let ended = child.try_wait().ok().flatten().is_some_and(|status| !status.success());
@@ -60,6 +56,16 @@ pub(crate) async fn connect(data: &DataDir) -> CliResult<Client> {
                 .hint(format!("its log is {}", log_path.display())));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Whether a daemon answers. One that is just being killed may still accept and then break off;
+/// that counts as none.
+async fn is_there(client: &Client) -> CliResult<bool> {
+    match client.health().await {
+        Ok(_) => Ok(true),
+        Err(ClientError::NoDaemon(_) | ClientError::Connection(_)) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
