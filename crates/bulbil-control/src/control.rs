@@ -28,8 +28,11 @@ pub struct Control {
     pub(crate) program: PathBuf,
     /// What is heard from the shims of instances that are not known to be stopped.
     pub(crate) running: Mutex<HashMap<InstanceId, watch::Receiver<RunState>>>,
-    /// Images are added and removed one at a time: a sweep must not meet an import.
+    /// Images are added and removed one at a time; held as long as an import takes.
     pub(crate) image_changes: tokio::sync::Mutex<()>,
+    /// Held for a moment while an instance comes to refer to an image, and while it is decided that
+    /// nothing refers to one: otherwise a launch could get an image that is being removed.
+    pub(crate) image_uses: tokio::sync::Mutex<()>,
 }
 
 /// What this host offers to instances.
@@ -59,6 +62,7 @@ impl Control {
             program,
             running: Mutex::default(),
             image_changes: tokio::sync::Mutex::default(),
+            image_uses: tokio::sync::Mutex::default(),
         });
         control.find_running().await?;
         Ok(control)

@@ -173,6 +173,7 @@ impl Control {
     /// `NotFound`; `InUse` while an instance was launched from it, running or not.
     pub async fn remove_image(&self, wanted: &str) -> Result<ImageRecord, ControlError> {
         let _one_change_of_images = self.image_changes.lock().await;
+        let no_new_use = self.image_uses.lock().await;
         let image = self.image(wanted).await?;
         let instances = self.catalog.instances().await?;
         let others = self.catalog.images().await?;
@@ -185,6 +186,7 @@ impl Control {
             return Err(ControlError::new(ErrorCode::InUse, text));
         }
         self.catalog.remove_image(&image.id).await?;
+        drop(no_new_use);
         self.drop_unused_content(image.digest).await?;
         tracing::info!(image = %image.id, name = %image.name, "image removed");
         Ok(image)

@@ -191,7 +191,11 @@ impl Control {
     ) -> Result<InstanceView, ControlError> {
         let fail = |e| ControlError::io(format!("cannot create instance {}", record.id), &e);
         // The row first: it takes the name, and whatever follows can be found and removed.
-        self.catalog.add_instance(&record, &RunState::pending(now())).await?;
+        {
+            let _image_stays = self.image_uses.lock().await;
+            self.image(record.image_id.as_str()).await?;
+            self.catalog.add_instance(&record, &RunState::pending(now())).await?;
+        }
         let directory = self.data.instance(&record.id);
         directory.create().map_err(fail)?;
         let document = serde_json::to_vec_pretty(&record).expect("records are plain data");

@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -238,7 +239,12 @@ fn work(queue: &Queue, source: &dyn DiskSource, key: &[u8; 32], results: &Sender
     let mut compressor = None;
     while let Some(job) = queue.next() {
         let outcome = match job {
-            Job::Scan(ScanJob { sequence, windows }) => Outcome::Scan { sequence, scanned: scan(source, key, windows) },
+            Job::Scan(ScanJob { sequence, windows }) => {
+                // A reader of strangers' bytes that panics must fail the import, not leave it waiting.
+                let scanned = std::panic::catch_unwind(AssertUnwindSafe(|| scan(source, key, windows)));
+                let scanned = scanned.unwrap_or_else(|_| Err(source_error("the disk's reader panicked".into())));
+                Outcome::Scan { sequence, scanned }
+            }
             Job::Frame(FrameJob { number, plain }) => {
                 Outcome::Frame { number, frame: compress(plain, &mut compressor) }
             }

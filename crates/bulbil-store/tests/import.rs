@@ -17,6 +17,7 @@ struct Disk {
     size_bytes: u64,
     pieces: Vec<(u64, Vec<u8>)>,
     fail_at: Option<u64>,
+    panics: bool,
 }
 
 impl DiskSource for Disk {
@@ -33,6 +34,7 @@ impl DiskSource for Disk {
         buf.fill(0);
         let wanted = offset..offset + buf.len() as u64;
         if self.fail_at.is_some_and(|at| wanted.contains(&at)) {
+            assert!(!self.panics, "as told");
             return Err("bad sector".into());
         }
         for (start, bytes) in &self.pieces {
@@ -152,7 +154,7 @@ fn sample(seed: u64) -> Disk {
         (5 << 20, noise.bytes(30 << 20)),
         ((40 << 20) + 512, noise.bytes(12_345)),
     ];
-    Disk { size_bytes: (48 << 20) + 512, pieces, fail_at: None }
+    Disk { size_bytes: (48 << 20) + 512, pieces, ..Disk::default() }
 }
 
 #[test]
@@ -230,6 +232,8 @@ fn a_source_that_fails_and_a_cancelled_import_leave_the_store_as_it_was() {
     let before = store.usage().unwrap();
     let failing = Disk { fail_at: Some(24 << 20), ..sample(6) };
     assert_eq!(import(&store, &failing).unwrap_err().kind(), StoreErrorKind::Source);
+    let panicking = Disk { panics: true, ..failing };
+    assert_eq!(import(&store, &panicking).unwrap_err().kind(), StoreErrorKind::Source);
     let cancelled = store.import(&sample(6), &Observer { cancel_after: Some(18), ..Observer::default() });
     assert_eq!(cancelled.unwrap_err().kind(), StoreErrorKind::Cancelled);
     assert_eq!(store.usage().unwrap(), before);
