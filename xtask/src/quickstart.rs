@@ -82,22 +82,22 @@ impl Bulbil {
     fn import(&self, disk: &Path) -> Result<()> {
         std::fs::create_dir_all(&self.data_dir)
             .with_context(|| format!("cannot create {}", self.data_dir.display()))?;
+        if self.lists(&["list"], INSTANCE)? {
+            self.cmd(&["rm", INSTANCE, "--force"]).run()?;
+        }
+        // The image may have been built anew since an earlier run.
         if self.lists(&["image", "list"], IMAGE)? {
-            say(format!("{IMAGE} is there from an earlier run"));
-            return Ok(());
+            self.cmd(&["image", "rm", IMAGE]).run()?;
         }
         self.cmd(&["image", "import"]).args([disk.as_os_str(), "--as".as_ref(), IMAGE.as_ref()]).run()
     }
 
     fn launch(&self) -> Result<()> {
-        if self.lists(&["list"], INSTANCE)? {
-            self.cmd(&["rm", INSTANCE, "--force"]).run()?;
-        }
         let user_data = self.data_dir.join("hello.yaml");
         write_file(&user_data, USER_DATA)?;
         self.cmd(&["launch", IMAGE, "--name", INSTANCE, "--wait", "ready", "--user-data"])
             .args([&user_data])
-            .hint(format!("see what the guest said: {} console {INSTANCE}", self.typed()))
+            .hint(format!("see what the guest said: {} logs {INSTANCE}", self.typed()))
             .run()
     }
 
@@ -108,6 +108,7 @@ impl Bulbil {
     fn finish(&self, keep: bool) -> Result<()> {
         if !keep {
             self.cmd(&["rm", INSTANCE, "--force"]).run()?;
+            self.cmd(&["shutdown"]).run()?;
             say(format!(
                 "\nThe instance is gone, the image stays. To keep one: cargo xtask quickstart --keep, or\n  {} launch {IMAGE}",
                 self.typed()

@@ -16,6 +16,8 @@ pub enum Event {
     Image {
         /// The image.
         image: Box<ImageRecord>,
+        /// Whether it was there before, with the same content.
+        existed: bool,
     },
     /// Something changed about an instance.
     Instance {

@@ -119,7 +119,7 @@ async fn import_image(State(api): State<Api>, Json(request): Json<ImportRequest>
         let imported = api.control.import_image(request, progress_sender).await;
         drop(forward.await);
         let last = match imported {
-            Ok(image) => vec![Event::Image { image: Box::new(image) }, Event::Done],
+            Ok((image, existed)) => vec![Event::Image { image: Box::new(image), existed }, Event::Done],
             Err(error) => vec![Event::Error { error }],
         };
         for event in last {
@@ -170,7 +170,8 @@ async fn follow_one(control: &Control, mut instance: InstanceView, wait: Wait, e
     let mut changes = control.watch(&instance.record.id);
     loop {
         if let Some(changes) = &mut changes {
-            instance.run = changes.borrow_and_update().clone();
+            let run = changes.borrow_and_update().clone();
+            instance = instance.with_run(run);
         }
         let told = events.send(Event::Instance { instance: Box::new(instance.clone()) }).await;
         if told.is_err() || is_far_enough(&instance, wait) {

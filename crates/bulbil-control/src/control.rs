@@ -38,8 +38,21 @@ pub struct Control {
 /// What this host offers to instances.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct HostReport {
-    /// Checks in the order people read them: what, whether it is fine, and what was seen or is to be done.
-    pub checks: Vec<(String, bool, String)>,
+    /// Checks in the order people read them.
+    pub checks: Vec<HostCheck>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct HostCheck {
+    /// What.
+    pub name: String,
+    /// Whether it is as one would wish.
+    pub ok: bool,
+    /// Whether instances can be launched without it.
+    pub optional: bool,
+    /// What was seen, or is to be done.
+    pub detail: String,
 }
 
 impl Control {
@@ -91,7 +104,10 @@ impl HostReport {
     /// Looks at this machine: programs, acceleration, space. Needs no daemon.
     pub async fn of_this_host(data_root: &Path, program: &Path, search_path: &std::ffi::OsStr) -> Self {
         let mut checks = Vec::new();
-        let mut add = |what: &str, fine: bool, seen: String| checks.push((what.to_owned(), fine, seen));
+        let mut add = |name: &str, ok: bool, detail: String| {
+            let optional = ["uefi firmware", "acceleration", "free space"].contains(&name);
+            checks.push(HostCheck { name: name.to_owned(), ok, optional, detail });
+        };
         let qemu = match qemu::find_qemu(None, search_path) {
             Ok(path) => qemu::QemuBinary::probe(&path).await.map(|found| (path, found)),
             Err(e) => Err(e),

@@ -59,6 +59,15 @@ impl ControlError {
         &self.causes
     }
 
+    /// Says which instances of the same launch run all the same.
+    pub(crate) fn while_running(mut self, launched: &[crate::InstanceView]) -> Self {
+        if !launched.is_empty() {
+            let names: Vec<_> = launched.iter().map(|instance| instance.record.name.as_str()).collect();
+            self.causes.push(format!("launched before that, and running: {}", names.join(", ")));
+        }
+        self
+    }
+
     pub(crate) fn io(message: impl Into<String>, error: &std::io::Error) -> Self {
         let code = match error.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,

@@ -15,6 +15,9 @@ use crate::control::{Control, now};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::ImageRecord;
 
+/// Means the newest version where an image is named, so no version may be called so.
+const NEWEST: &str = "latest";
+
 /// What to import and as what.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct ImportRequest {
@@ -93,7 +96,8 @@ struct Imported {
 }
 
 impl Control {
-    /// Imports a file and catalogues it. The image is visible when this returns, complete and durable.
+    /// Imports a file and catalogues it; also says whether the image was there before. The image is
+    /// visible when this returns, complete and durable.
     ///
     /// The import stops when the receiver of `progress` is dropped. Importing a content again under
     /// the same name gives the image that is there.
@@ -105,9 +109,13 @@ impl Control {
         &self,
         request: ImportRequest,
         progress: mpsc::Sender<ImportProgress>,
-    ) -> Result<ImageRecord, ControlError> {
+    ) -> Result<(ImageRecord, bool), ControlError> {
         let name = request.name.clone().map_or_else(|| name_of_file(&request.path), Ok)?;
         let version = request.version.clone().unwrap_or_else(first_version);
+        if version.as_str() == NEWEST {
+            let text = format!("no version may be called `{NEWEST}`: it means the newest one");
+            return Err(ControlError::new(ErrorCode::Invalid, text));
+        }
         let format = request.format.as_deref().map(str::parse::<Format>).transpose();
         let format =
             format.map_err(|e| ControlError::with_source(ErrorCode::Invalid, cannot_import(&request.path), &e))?;
@@ -121,7 +129,7 @@ impl Control {
             imported.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the import broke off", &e))??;
         if let Some(existing) = existing {
             return match existing.digest == imported.report.digest {
-                true => Ok(existing),
+                true => Ok((existing, true)),
                 false => {
                     self.drop_unused_content(imported.report.digest).await?;
                     let text = format!("image `{name}:{version}` exists already, with other content");
@@ -144,7 +152,7 @@ impl Control {
         };
         self.catalog.add_image(&record).await?;
         tracing::info!(image = %record.id, name = %record.name, digest = %record.digest, "image imported");
-        Ok(record)
+        Ok((record, false))
     }
 
     /// Lists all images.

@@ -18,7 +18,7 @@ use crate::control::{Control, now};
 use crate::data_dir::replace_file;
 use crate::error::{ControlError, ErrorCode};
 use crate::keys;
-use crate::model::{InstanceRecord, InstanceState, InstanceView, PublishedPort, RunState};
+use crate::model::{InstanceRecord, InstanceState, InstanceView, LoginKey, PublishedPort, RunState};
 use crate::process;
 use crate::shim::{self, ShimRequest};
 
@@ -77,7 +77,7 @@ impl Control {
                 Ok(instance) => launched.push(instance),
                 Err(error) => {
                     self.discard(&id).await;
-                    return Err(error);
+                    return Err(error.while_running(&launched));
                 }
             }
         }
@@ -119,7 +119,8 @@ impl Control {
             public_keys.extend(keys::parse_public_keys(text)?);
         }
         public_keys.push(keys::own_public_key(&self.data)?);
-        public_keys.dedup();
+        let mut seen = std::collections::HashSet::new();
+        public_keys.retain(|key| seen.insert(key.clone()));
         self.check_host(image.boot_mode, &request.publish).await?;
         let mut records = Vec::new();
         for index in 1..=request.count {
@@ -437,7 +438,7 @@ impl Control {
 }
 
 fn view(record: InstanceRecord, run: RunState) -> InstanceView {
-    InstanceView { record, run, private_ip: shim::GUEST_IP.to_string() }
+    InstanceView::new(record, run, shim::GUEST_IP.to_string())
 }
 
 /// A locally administered address out of the instance's id, in QEMU's own range.
@@ -446,10 +447,11 @@ fn mac_of(id: &InstanceId) -> String {
     format!("52:54:00:{}:{}:{}", &hex[0..2], &hex[2..4], &hex[4..6])
 }
 
-fn name_keys(keys: &[String]) -> Vec<(String, String)> {
+fn name_keys(keys: &[String]) -> Vec<LoginKey> {
     let named = |(index, key): (usize, &String)| {
         let comment = key.split_ascii_whitespace().nth(2).unwrap_or_default();
-        (if comment.is_empty() { format!("key-{index}") } else { comment.to_owned() }, key.clone())
+        let name = if comment.is_empty() { format!("key-{index}") } else { comment.to_owned() };
+        LoginKey { name, key: key.clone() }
     };
     keys.iter().enumerate().map(named).collect()
 }

@@ -33,12 +33,14 @@ mod model;
 pub mod shim;
 
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
-pub use control::{Control, HostReport, probe_kvm};
+pub use control::{Control, HostCheck, HostReport, probe_kvm};
 pub use data_dir::DataDir;
 pub use error::{ControlError, ErrorCode};
 pub use images::{ImportProgress, ImportRequest};
 pub use instances::LaunchRequest;
-pub use model::{ImageRecord, InstanceRecord, InstanceState, InstanceView, PublishedPort, RunState, SshAccess};
+pub use model::{
+    ImageRecord, InstanceRecord, InstanceState, InstanceView, LoginKey, PublishedPort, RunState, SshAccess,
+};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.
 pub mod process {

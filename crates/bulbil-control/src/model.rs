@@ -66,6 +66,15 @@ impl FromStr for PublishedPort {
     }
 }
 
+/// A public key that may log in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoginKey {
+    /// The key's comment, or a number.
+    pub name: String,
+    /// The OpenSSH line.
+    pub key: String,
+}
+
 /// What an instance is, apart from whether it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceRecord {
@@ -95,8 +104,8 @@ pub struct InstanceRecord {
     pub mac: String,
     /// Host name it is given.
     pub hostname: String,
-    /// Public keys that may log in: name and OpenSSH line.
-    pub public_keys: Vec<(String, String)>,
+    /// Public keys that may log in.
+    pub public_keys: Vec<LoginKey>,
     /// Bytes of user data; the data itself is only in the instance's directory.
     pub user_data_bytes: u64,
     /// Ports of the host that lead in.
@@ -201,28 +210,40 @@ pub struct InstanceView {
     /// What it does.
     #[serde(flatten)]
     pub run: RunState,
+    /// One word on how it is: `ready`, `degraded`, `failed`, `booting`, `starting`, or `-` when it
+    /// does not run.
+    pub health: String,
     /// Its address on its own network.
     pub private_ip: String,
 }
 
 impl InstanceView {
-    /// One word on how it is: its state, or what its boot came to.
+    pub(crate) fn new(record: InstanceRecord, run: RunState, private_ip: String) -> Self {
+        let health = health_of(&run).to_owned();
+        Self { record, run, health, private_ip }
+    }
+
+    /// The same instance in another state.
     #[must_use]
-    pub fn health(&self) -> &'static str {
-        match (self.run.state, &self.run.boot) {
-            (InstanceState::Running, Some(BootVerdict::Ready)) => "ready",
-            (InstanceState::Running, Some(BootVerdict::Degraded { .. })) => "degraded",
-            (InstanceState::Running, Some(BootVerdict::Failed { .. })) => "failed",
-            (InstanceState::Running, None) => "booting",
-            (InstanceState::Pending, _) => "starting",
-            (InstanceState::Stopping | InstanceState::Stopped, _) => "-",
-        }
+    pub fn with_run(self, run: RunState) -> Self {
+        Self::new(self.record, run, self.private_ip)
     }
 
     /// The size of its memory, for people.
     #[must_use]
     pub fn memory(&self) -> ByteSize {
         ByteSize(self.record.memory_bytes)
+    }
+}
+
+fn health_of(run: &RunState) -> &'static str {
+    match (run.state, &run.boot) {
+        (InstanceState::Running, Some(BootVerdict::Ready)) => "ready",
+        (InstanceState::Running, Some(BootVerdict::Degraded { .. })) => "degraded",
+        (InstanceState::Running, Some(BootVerdict::Failed { .. })) => "failed",
+        (InstanceState::Running, None) => "booting",
+        (InstanceState::Pending, _) => "starting",
+        (InstanceState::Stopping | InstanceState::Stopped, _) => "-",
     }
 }
 

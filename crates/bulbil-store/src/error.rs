@@ -19,8 +19,6 @@ pub enum StoreErrorKind {
     Source,
     /// The caller asked to stop.
     Cancelled,
-    /// Another process holds the store.
-    Busy,
 }
 
 /// A failed store operation.

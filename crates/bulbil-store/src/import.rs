@@ -145,11 +145,15 @@ fn import_with(
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
         let mut import = Import::new(store, source, observer, &queue, &inbox, pack_sender)?;
-        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish());
-        if outcome.as_ref().is_ok_and(|report| !report.existed) {
-            import.keep()?;
-        } else {
+        if let Err(error) = import.run(workers * SCANS_PER_WORKER) {
             import.discard();
+            return Err(error);
+        }
+        // From here on a manifest may be visible even if putting it fails: its packs stay.
+        let outcome = import.publish();
+        match &outcome {
+            Ok(report) if report.existed => import.discard(),
+            _ => import.keep(),
         }
         outcome
     })
@@ -360,7 +364,12 @@ impl KnownBlocks for Known<'_> {
         if let Some(blocks) = self.pending_packs.get(&location.pack) {
             return Ok(blocks.get(block) == Some(hash));
         }
-        Ok(self.footer(location.pack)?.blocks.get(block) == Some(hash))
+        match self.footer(location.pack) {
+            Ok(footer) => Ok(footer.blocks.get(block) == Some(hash)),
+            // A pack that was damaged since it was indexed holds nothing that may be referred to.
+            Err(error) if matches!(error.kind(), StoreErrorKind::Corrupt | StoreErrorKind::NotFound) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn find(&mut self, hash: &BlockHash) -> Result<Option<Location>, StoreError> {
@@ -677,8 +686,11 @@ impl<'a> Import<'a> {
         Manifest::new(size_bytes, digest, packs, extents)
     }
 
-    fn keep(&mut self) -> Result<(), StoreError> {
-        self.known.index.end_changes()
+    /// Closes the index; one that cannot be closed is rebuilt by the next import.
+    fn keep(&mut self) {
+        if let Err(error) = self.known.index.end_changes() {
+            tracing::warn!(%error, "cannot close the index; it will be rebuilt");
+        }
     }
 
     /// Takes back the packs of an import that failed or brought nothing new.
@@ -699,10 +711,7 @@ impl<'a> Import<'a> {
             }
         }
         if self.new_packs.is_empty() && self.open.is_none() {
-            if let Err(error) = self.known.index.end_changes() {
-                tracing::warn!(%error, "cannot close the index; it will be rebuilt");
-            }
-            return;
+            return self.keep();
         }
         for (_, pack) in &self.new_packs {
             if let Err(error) = self.known.store.objects.delete(&pack.id.object_name()) {

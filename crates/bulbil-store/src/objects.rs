@@ -15,7 +15,8 @@ pub trait Objects: Send + Sync + std::fmt::Debug {
     /// it does. Durable when this returns; no reader can see a part of it.
     ///
     /// # Errors
-    /// `NoSpace` or `Io`; nothing is visible under `name` then.
+    /// `NoSpace` or `Io`. The object is then not there, or, when the last sync failed, there whole
+    /// but perhaps not durable.
     fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<bool, StoreError>;
 
     /// Reads `len_bytes` from `offset`.
@@ -127,7 +128,9 @@ impl Objects for DirObjects {
             let temporary = self.write_temporary(bytes)?;
             // A hard link fails when the name exists, where a rename would replace.
             let linked = std::fs::hard_link(&temporary, &path);
-            std::fs::remove_file(&temporary)?;
+            if let Err(error) = std::fs::remove_file(&temporary) {
+                tracing::warn!(path = %temporary.display(), %error, "cannot remove a temporary file");
+            }
             match linked {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
                 other => other?,

@@ -151,8 +151,8 @@ impl Store {
     /// Volumes read through manifests, so a manifest must stay while a volume uses it.
     ///
     /// # Errors
-    /// `Busy` while an import runs; `Corrupt` when a manifest cannot be read, and then nothing is
-    /// deleted; `Io`.
+    /// `Corrupt` when a manifest cannot be read, and then nothing is deleted; `Io`. A running import
+    /// is waited for.
     pub fn sweep(&self) -> Result<u64, StoreError> {
         let lock = self.lock_for_changes()?;
         let mut live = HashSet::new();

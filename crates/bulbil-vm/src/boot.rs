@@ -71,6 +71,8 @@ pub enum BootInput<'a> {
     },
     /// The guest's own report was read.
     CloudInitStatus(CloudInitReport),
+    /// Somebody looked inside: the image has no cloud-init.
+    NoCloudInit,
     /// QEMU is gone.
     ProcessExited(ExitReason),
     /// The time the caller gives is over.
@@ -286,6 +288,7 @@ impl BootProgress {
             BootInput::Console(event) => self.take_console(at, event),
             BootInput::SshAnswered { banner } => self.reach(at, BootPhase::Ssh, Some(banner)),
             BootInput::CloudInitStatus(report) => self.take_report(at, report),
+            BootInput::NoCloudInit => self.expect.cloud_init = CloudInitPresence::Absent,
             BootInput::ProcessExited(reason) => self.take_exit(&reason),
             BootInput::Timeout => self.take_timeout(at),
         }

@@ -87,6 +87,8 @@ pub(crate) fn serve(data_root: &Path, detached: bool) -> CliResult<()> {
         // Apart from the terminal of the command that started it; a leader already is as good.
         let _already_leader = rustix::process::setsid().is_err();
     }
+    // Disks, keys and user data are nobody else's business, wherever the data directory lies.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let data = DataDir::open(data_root)?;
     let Some(_lock) = lock(&data)? else {
         if detached {

@@ -33,6 +33,17 @@ impl Printer {
         self.raw(format!("{}\n", text.trim_end()).as_bytes())
     }
 
+    /// Ends a command that removed several things: those that went are the result, what went wrong
+    /// is told, and the last of it is the command's error.
+    pub(crate) fn removed(&self, removed: &impl Serialize, mut errors: Vec<CliError>) -> CliResult<()> {
+        if self.is_json() {
+            self.result(removed, String::new)?;
+        }
+        let last = errors.pop();
+        errors.iter().for_each(|error| self.error(error));
+        last.map_or(Ok(()), Err)
+    }
+
     /// Writes bytes to standard output as they are.
     pub(crate) fn raw(&self, bytes: &[u8]) -> CliResult<()> {
         let mut out = std::io::stdout().lock();

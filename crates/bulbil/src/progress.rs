@@ -16,6 +16,16 @@ pub(crate) fn import_bar() -> ProgressBar {
     bar
 }
 
+/// Shows that a boot is going on; drawn only on a terminal.
+pub(crate) fn boot_spinner() -> ProgressBar {
+    let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    spinner.set_style(
+        ProgressStyle::with_template("  {spinner} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner()),
+    );
+    spinner.enable_steady_tick(std::time::Duration::from_millis(200));
+    spinner
+}
+
 /// Shows a step of an import.
 pub(crate) fn show(bar: &ProgressBar, step: ImportProgress) {
     bar.set_length(step.total_bytes);
@@ -36,7 +46,7 @@ impl BootReport {
             if self.told.insert(key) {
                 let who = if several { format!("{:<12} ", instance.record.name) } else { String::new() };
                 let detail = reached.detail.as_deref().map(|detail| format!("  {detail}")).unwrap_or_default();
-                printer.note(&format!("  {who}{:<20} {:>6}{detail}", reached.phase, seconds(reached.at_ms)));
+                printer.note(&format!("  {who}{:<20} {:>7}{detail}", reached.phase, seconds(reached.at_ms)));
             }
         }
     }

@@ -35,7 +35,7 @@ pub(super) fn metadata_view(record: &InstanceRecord, user_data: Option<Vec<u8>>)
     view.public_keys = record
         .public_keys
         .iter()
-        .map(|(name, openssh)| PublicKey { name: name.clone(), openssh: openssh.clone() })
+        .map(|login| PublicKey { name: login.name.clone(), openssh: login.key.clone() })
         .collect();
     view.user_data = user_data.map(Into::into);
     view.personality = record.personality;

@@ -46,6 +46,7 @@ const MAX_REQUEST_BYTES: u64 = 4096;
 pub fn run_shim(data_root: &Path, id: &InstanceId, program: PathBuf) -> Result<(), ControlError> {
     // Apart from the daemon's terminal and signals; already a leader is as good.
     let _already_leader = rustix::process::setsid().is_err();
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     raise_file_limit();
     let data = DataDir::open(data_root)?;
     let directory = data.instance(id);
@@ -344,8 +345,7 @@ impl Watcher<'_> {
             }
             Found::Look(Look::NoCloudInit { user }) => {
                 self.set_user(&user);
-                // Nothing more will come: the guest is up as it is.
-                self.apply(BootInput::CloudInitStatus(CloudInitReport { done: true, ..CloudInitReport::default() }));
+                self.apply(BootInput::NoCloudInit);
             }
             Found::Look(Look::NoLogin) => {
                 let error = "no user of the image accepts the keys over ssh".to_owned();

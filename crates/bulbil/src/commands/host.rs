@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use bulbil_api::{Client, ClientError};
-use bulbil_control::{DataDir, HostReport};
+use bulbil_control::{DataDir, HostCheck, HostReport};
 use bulbil_types::ByteSize;
 
 use super::Context;
@@ -26,16 +26,20 @@ pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<Exi
         Err(ClientError::NoDaemon(_)) => (true, "not running; it is started when it is needed".to_owned()),
         Err(error) => (false, error.to_string()),
     };
-    report.checks.push(("daemon".to_owned(), daemon.0, daemon.1));
+    let (ok, detail) = daemon;
+    report.checks.push(HostCheck { name: "daemon".to_owned(), ok, optional: false, detail });
     printer.result(&report, || {
-        let row = |(what, fine, seen): &(String, bool, String)| {
-            vec![what.clone(), if *fine { "ok" } else { "missing" }.to_owned(), seen.clone()]
+        let row = |check: &HostCheck| {
+            let word = match (check.ok, check.optional) {
+                (true, _) => "ok",
+                (false, true) => "no",
+                (false, false) => "missing",
+            };
+            vec![check.name.clone(), word.to_owned(), check.detail.clone()]
         };
-        table(&["CHECK", "", "SEEN"], &report.checks.iter().map(row).collect::<Vec<_>>())
+        table(&["CHECK", "IS", "SEEN"], &report.checks.iter().map(row).collect::<Vec<_>>())
     })?;
-    // Without these nothing can be launched; the others only help.
-    let needed = ["qemu", "ssh", "ssh-keygen"];
-    let broken = report.checks.iter().any(|(what, fine, _)| !fine && needed.contains(&what.as_str()));
+    let broken = report.checks.iter().any(|check| !check.ok && !check.optional);
     Ok(if broken { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

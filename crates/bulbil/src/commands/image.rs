@@ -34,7 +34,9 @@ pub(crate) async fn import(
     name: Option<NameAndVersion>,
     format: Option<String>,
 ) -> CliResult<ImageRecord> {
-    let path = file.canonicalize().map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
+    // Not canonical: the image is named after the file that was typed, not what a link leads to.
+    let path = std::path::absolute(file).and_then(|path| std::fs::metadata(&path).map(|_| path));
+    let path = path.map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
     let (name, version) = name.map_or((None, None), |n| (Some(n.name), n.version));
     let request = ImportRequest { path, name, version, format };
     let started = std::time::Instant::now();
@@ -49,12 +51,16 @@ pub(crate) async fn import(
     while let Some(event) = events.next().await.map_err(with_hints).inspect_err(|_| bar.finish_and_clear())? {
         match event {
             Event::Progress(step) => progress::show(&bar, step),
-            Event::Image { image } => imported = Some(*image),
+            Event::Image { image, existed } => imported = Some((*image, existed)),
             _ => {}
         }
     }
     bar.finish_and_clear();
-    let image = imported.ok_or_else(|| CliError::new("the daemon did not say what it imported"))?;
+    let (image, existed) = imported.ok_or_else(|| CliError::new("the daemon did not say what it imported"))?;
+    if existed {
+        context.printer.note(&format!("{}:{} is there already, with the same content", image.name, image.version));
+        return Ok(image);
+    }
     context.printer.note(&format!(
         "imported {}:{} in {}: {} of data, the store grew by {}",
         image.name,
@@ -89,14 +95,20 @@ async fn list(context: &Context<'_>) -> CliResult<()> {
 
 async fn remove(context: &Context<'_>, images: &[String]) -> CliResult<()> {
     let mut removed = Vec::new();
+    let mut errors = Vec::new();
     for image in images {
-        let gone = context.client.remove_image(image).await.map_err(|e| {
-            with_image_hint(e.into()).hint_for(ErrorCode::InUse, "remove the instance first: bulbil rm NAME")
-        })?;
-        context.printer.note(&format!("removed {}:{}", gone.name, gone.version));
-        removed.push(gone);
+        match context.client.remove_image(image).await {
+            Ok(gone) => {
+                context.printer.note(&format!("removed {}:{}", gone.name, gone.version));
+                removed.push(gone);
+            }
+            Err(error) => {
+                let error = with_image_hint(error.into());
+                errors.push(error.hint_for(ErrorCode::InUse, "remove the instance first: bulbil rm NAME"));
+            }
+        }
     }
-    if context.printer.is_json() { context.printer.result(&removed, String::new) } else { Ok(()) }
+    context.printer.removed(&removed, errors)
 }
 
 pub(crate) fn with_image_hint(error: CliError) -> CliError {

@@ -39,7 +39,7 @@ pub(crate) async fn list(context: &Context<'_>) -> CliResult<()> {
                     instance.record.name.to_string(),
                     instance.record.id.to_string(),
                     instance.run.state.to_string(),
-                    instance.health().to_owned(),
+                    instance.health.clone(),
                     instance.record.image.clone(),
                     instance.record.personality.to_string(),
                     instance.memory().to_string(),
@@ -63,7 +63,7 @@ fn describe(instance: &InstanceView) -> String {
         ("id", record.id.to_string()),
         ("name", record.name.to_string()),
         ("state", run.state.to_string()),
-        ("health", instance.health().to_owned()),
+        ("health", instance.health.clone()),
     ];
     if let Some(reason) = &run.reason {
         pairs.push(("reason", reason.clone()));
@@ -77,7 +77,7 @@ fn describe(instance: &InstanceView) -> String {
         ("boot mode", record.boot_mode.to_string()),
         ("host name", record.hostname.clone()),
         ("address", format!("{} ({})", instance.private_ip, record.mac)),
-        ("keys", record.public_keys.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")),
+        ("keys", record.public_keys.iter().map(|login| login.name.as_str()).collect::<Vec<_>>().join(", ")),
         ("user data", size(record.user_data_bytes)),
     ]);
     if let Some(accelerator) = &run.accelerator {
@@ -119,16 +119,20 @@ pub(crate) async fn remove(context: &Context<'_>, names: Vec<String>, all: bool,
         false => names,
     };
     let mut removed = Vec::new();
+    let mut errors = Vec::new();
     for name in &names {
-        let gone = context.client.remove_instance(name, force).await.map_err(|e| {
-            let error = CliError::from(e);
-            error.hint_for(ErrorCode::InUse, format!("stop it first: bulbil stop {name}, or: bulbil rm {name} --force"))
-        });
-        let gone = gone.map_err(|e| with_hints(e, name))?;
-        context.printer.note(&format!("removed {}", gone.record.name));
-        removed.push(gone);
+        match context.client.remove_instance(name, force).await {
+            Ok(gone) => {
+                context.printer.note(&format!("removed {}", gone.record.name));
+                removed.push(gone);
+            }
+            Err(error) => {
+                let hint = format!("stop it first: bulbil stop {name}, or: bulbil rm {name} --force");
+                errors.push(with_hints(CliError::from(error).hint_for(ErrorCode::InUse, hint), name));
+            }
+        }
     }
-    if context.printer.is_json() { context.printer.result(&removed, String::new) } else { Ok(()) }
+    context.printer.removed(&removed, errors)
 }
 
 pub(crate) async fn shell(

@@ -8,7 +8,7 @@ use bulbil_control::{ErrorCode, InstanceState, InstanceView, LaunchRequest};
 use super::{Context, image, instance};
 use crate::cli::LaunchArgs;
 use crate::error::{CliError, CliResult};
-use crate::progress::{BootReport, seconds};
+use crate::progress::{BootReport, boot_spinner, seconds};
 
 /// The most user data read from a file; the daemon knows the limit of each personality.
 const MAX_USER_DATA_BYTES: u64 = 1 << 20;
@@ -31,13 +31,29 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
     };
     let started = std::time::Instant::now();
     if let Some(file) = file_meant_by(context, &arguments.image).await? {
+        if request.dry_run {
+            std::fs::metadata(&file).map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
+            context
+                .printer
+                .note(&format!("would import `{}` first; nothing was created: this was a dry run", file.display()));
+            return Ok(());
+        }
         // A name that is taken must not be found out after a long import.
         if let Some(name) = &request.name
             && context.client.instance(name.as_str()).await.is_ok()
         {
             return Err(instance::name_in_use(name.as_str()));
         }
-        request.image = image::import(context, &file, None, None).await?.id.to_string();
+        let imported = image::import(context, &file, None, None).await.map_err(|mut error| {
+            if error.code == Some(ErrorCode::InUse) {
+                let file = file.display();
+                error.hint = Some(format!(
+                    "import it under a name of its own first: bulbil image import {file} --as NAME:VERSION"
+                ));
+            }
+            error
+        })?;
+        request.image = imported.id.to_string();
     }
     let name = request.name.as_ref().map(ToString::to_string).unwrap_or_default();
     let events = context.client.launch(&request, arguments.wait.wait).await.map_err(|e| {
@@ -52,7 +68,7 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
     if request.dry_run {
         let planned = collect(events).await?;
         context.printer.note("nothing was created: this was a dry run");
-        return print(context, &planned);
+        return if context.printer.is_json() { print(context, &planned) } else { Ok(()) };
     }
     let instances = follow(context, events, request.count > 1).await?;
     conclude(context, &instances, arguments.wait.wait, started)
@@ -77,10 +93,10 @@ pub(crate) async fn reboot(context: &Context<'_>, name: &str, force: bool, wait:
 async fn file_meant_by(context: &Context<'_>, typed: &str) -> CliResult<Option<PathBuf>> {
     let path = Path::new(typed);
     let disk_extension = path.extension().is_some_and(|e| ["qcow2", "raw", "img"].iter().any(|known| e == *known));
-    if typed.contains('/') || (disk_extension && path.exists()) {
+    if typed.contains('/') {
         return Ok(Some(path.to_owned()));
     }
-    if path.is_file() && context.client.image(typed).await.is_err() {
+    if (disk_extension || path.is_file()) && context.client.image(typed).await.is_err() {
         return Ok(Some(path.to_owned()));
     }
     Ok(None)
@@ -120,20 +136,24 @@ async fn collect(mut events: EventStream) -> CliResult<Vec<InstanceView>> {
 async fn follow(context: &Context<'_>, mut events: EventStream, several: bool) -> CliResult<Vec<InstanceView>> {
     let mut report = BootReport::default();
     let mut instances: Vec<InstanceView> = Vec::new();
-    while let Some(event) = events.next().await? {
+    let spinner = boot_spinner();
+    while let Some(event) = events.next().await.inspect_err(|_| spinner.finish_and_clear())? {
         let Event::Instance { instance } = event else { continue };
-        match instances.iter_mut().find(|known| known.record.id == instance.record.id) {
-            Some(known) => *known = *instance.clone(),
-            None => {
-                context.printer.note(&format!(
-                    "{} {} ({}) from {}",
-                    instance.run.state, instance.record.name, instance.record.id, instance.record.image
-                ));
-                instances.push(*instance.clone());
+        spinner.suspend(|| {
+            match instances.iter_mut().find(|known| known.record.id == instance.record.id) {
+                Some(known) => *known = *instance.clone(),
+                None => {
+                    context.printer.note(&format!(
+                        "{} {} ({}) from {}",
+                        instance.run.state, instance.record.name, instance.record.id, instance.record.image
+                    ));
+                    instances.push(*instance.clone());
+                }
             }
-        }
-        report.show(&instance, several, context.printer);
+            report.show(&instance, several, context.printer);
+        });
     }
+    spinner.finish_and_clear();
     Ok(instances)
 }
 
@@ -157,7 +177,7 @@ fn conclude(
             None if wait == Wait::Ready => {
                 context
                     .printer
-                    .note(&format!("{name} is {} after {elapsed}; log in: bulbil shell {name}", instance.health()));
+                    .note(&format!("{name} is {} after {elapsed}; log in: bulbil shell {name}", instance.health));
                 show_degradation(context, instance);
             }
             None => context.printer.note(&format!("{name} is {} after {elapsed}", instance.run.state)),

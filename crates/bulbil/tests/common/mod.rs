@@ -1,5 +1,7 @@
 //! A data directory of a test's own, and the real `bulbil` on it.
 
+#![allow(dead_code, clippy::print_stdout, clippy::unwrap_used, reason = "tests share it, and may panic and print")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -7,76 +9,76 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// Time for what may take long on a busy machine under emulation.
-pub const LIMIT: Duration = Duration::from_secs(400);
+pub(crate) const LIMIT: Duration = Duration::from_secs(400);
 
 /// A data directory; what runs in it is ended when this is dropped.
-pub struct Bulbil {
+pub(crate) struct Bulbil {
     dir: tempfile::TempDir,
 }
 
 /// What a command did.
-pub struct Ran {
-    pub status: i32,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Ran {
+    pub(crate) status: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Ran {
     /// The output of a command that must have succeeded.
-    pub fn ok(self) -> String {
+    pub(crate) fn ok(self) -> String {
         assert_eq!(self.status, 0, "{}{}", self.stdout, self.stderr);
         self.stdout
     }
 
     /// The JSON document of a command that must have succeeded.
-    pub fn json(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         serde_json::from_str(&self.ok()).unwrap()
     }
 }
 
 impl Bulbil {
     /// Starts with nothing. The path is short: sockets below it allow 107 bytes.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: tempfile::Builder::new().prefix("bulbil-").tempdir_in("/tmp").unwrap() }
     }
 
-    pub fn data_dir(&self) -> &Path {
+    pub(crate) fn data_dir(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulbil"));
         command.args(arguments).env("BULBIL_DATA_DIR", self.dir.path()).env("NO_COLOR", "1").stdin(Stdio::null());
         command
     }
 
-    pub fn run(&self, arguments: &[&str]) -> Ran {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ran {
         let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ran { status: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) }
     }
 
     /// Runs a shell script in an instance; the output must be a success's.
-    pub fn sh(&self, instance: &str, script: &str) -> String {
+    pub(crate) fn sh(&self, instance: &str, script: &str) -> String {
         self.run(&["exec", instance, "--", "sh", "-c", script]).ok().trim_end().to_owned()
     }
 
-    pub fn show(&self, instance: &str) -> Value {
+    pub(crate) fn show(&self, instance: &str) -> Value {
         self.run(&["show", instance, "-o", "json"]).json()
     }
 
-    pub fn import(&self, image: &str) {
+    pub(crate) fn import(&self, image: &str) {
         self.run(&["image", "import", guest_image(image).to_str().unwrap()]).ok();
     }
 
     /// Writes a file beside the data and returns its path.
-    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+    pub(crate) fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
         let path = self.dir.path().join(name);
         std::io::Write::write_all(&mut std::fs::File::create(&path).unwrap(), content.as_ref()).unwrap();
         path.to_str().unwrap().to_owned()
     }
 
-    pub fn daemon_pid(&self) -> u32 {
+    pub(crate) fn daemon_pid(&self) -> u32 {
         let path = self.dir.path().join("run/daemon.pid");
         std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
     }
@@ -107,7 +109,7 @@ impl Bulbil {
 }
 
 /// A disk that `cargo xtask guest-image` has built.
-pub fn guest_image(name: &str) -> PathBuf {
+pub(crate) fn guest_image(name: &str) -> PathBuf {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/images");
     let directory = std::env::var_os("BULBIL_TEST_IMAGES").map_or(default, PathBuf::from);
     let path = directory.join(name);
@@ -116,7 +118,7 @@ pub fn guest_image(name: &str) -> PathBuf {
 }
 
 /// Waits until `condition` gives something.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + LIMIT;
     loop {
         if let Some(found) = condition() {
@@ -128,11 +130,11 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Sends a signal to a process that a test has started.
-pub fn kill(pid: u64, signal: &str) {
+pub(crate) fn kill(pid: u64, signal: &str) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 
-pub fn is_alive(pid: u64) -> bool {
+pub(crate) fn is_alive(pid: u64) -> bool {
     // A process that has ended but was not waited for yet is not alive.
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
