@@ -149,11 +149,12 @@ fn import_with(
             import.discard();
             return Err(error);
         }
-        // From here on a manifest may be visible even if putting it fails: its packs stay.
         let outcome = import.publish();
         match &outcome {
-            Ok(report) if report.existed => import.discard(),
-            _ => import.keep(),
+            Ok(report) if !report.existed => import.keep(),
+            // Putting the manifest failed, but perhaps only after it was visible: then its packs stay.
+            Err(_) if import.is_published() => import.keep(),
+            _ => import.discard(),
         }
         outcome
     })
@@ -406,6 +407,7 @@ struct Import<'a> {
     known: Known<'a>,
     scans: BTreeMap<u64, Scanned>,
     digest: Option<DigestBuilder>,
+    published: Option<Digest>,
     extents: Vec<Extent>,
     previous: Option<Location>,
     frame_bytes: Vec<u8>,
@@ -439,6 +441,7 @@ impl<'a> Import<'a> {
             known: Known { store, index, pending: HashMap::new(), pending_packs: HashMap::new(), last_footer: None },
             scans: BTreeMap::new(),
             digest: Some(DigestBuilder::new(source.size_bytes())),
+            published: None,
             extents: Vec::new(),
             previous: None,
             frame_bytes: Vec::with_capacity(FRAME_LEN),
@@ -510,6 +513,9 @@ impl<'a> Import<'a> {
 
     fn pack_is_durable(&mut self, number: u32, len_bytes: u64, footer: Footer) -> Result<(), StoreError> {
         self.stored_bytes += len_bytes;
+        // First of all: whatever fails from here on, the pack is there to be taken back.
+        let id = self.known.index.packs()[number as usize].id;
+        self.new_packs.push((number, IndexedPack { id, len_bytes }));
         for (hash, block) in footer.blocks.iter().zip(0..) {
             let at = Location { pack: number, block };
             self.known.index.insert(hash, at)?;
@@ -518,9 +524,7 @@ impl<'a> Import<'a> {
             }
         }
         self.known.pending_packs.remove(&number);
-        let id = self.known.index.packs()[number as usize].id;
         self.known.index.set_pack_len(number, len_bytes);
-        self.new_packs.push((number, IndexedPack { id, len_bytes }));
         Ok(())
     }
 
@@ -650,6 +654,7 @@ impl<'a> Import<'a> {
 
     fn publish(&mut self) -> Result<ImportReport, StoreError> {
         let digest = self.digest.take().expect("published once").finish();
+        self.published = Some(digest);
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
         let published = self.known.store.publish(&manifest)?;
@@ -684,6 +689,14 @@ impl<'a> Import<'a> {
             extent.pack = number;
         }
         Manifest::new(size_bytes, digest, packs, extents)
+    }
+
+    /// Whether the store shows the content that this import has tried to publish.
+    fn is_published(&self) -> bool {
+        // One that cannot be read counts as shown: its packs must not go on a guess.
+        self.published.is_some_and(|digest| {
+            !matches!(self.known.store.manifest(&digest), Err(error) if error.kind() == StoreErrorKind::NotFound)
+        })
     }
 
     /// Closes the index; one that cannot be closed is rebuilt by the next import.

@@ -30,6 +30,10 @@ const PACK_RECORD_BYTES: usize = 24;
 const MIN_PAGE_BITS: u32 = 6;
 const MAX_PAGE_BITS: u32 = 32;
 
+/// Pages kept in memory while the index is open, 64 MiB, the whole index of 12 GiB of blocks: an
+/// import looks up and adds every new block, each on a page of its own.
+const PAGES_KEPT: usize = 16 << 10;
+
 /// A pack as the index numbers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct IndexedPack {
@@ -46,9 +50,18 @@ pub(crate) struct BlockIndex {
     entries: u64,
     clean: bool,
     packs: Vec<IndexedPack>,
+    kept: HashMap<u64, KeptPage>,
 }
 
 type Page = [u8; PAGE_BYTES];
+
+/// A page in memory. Changed ones are written when room is needed and by [`BlockIndex::end_changes`];
+/// until then the file is marked as not clean, so that losing them only costs a rebuild.
+#[derive(Debug)]
+struct KeptPage {
+    bytes: Box<Page>,
+    changed: bool,
+}
 
 impl BlockIndex {
     /// Opens the index, or makes an empty one when it is missing, damaged or not clean.
@@ -84,7 +97,8 @@ impl BlockIndex {
             len_bytes: u64::from_le_bytes(record[16..].try_into().expect("8 bytes")),
         });
         let entries = u64::from_le_bytes(header[16..24].try_into().expect("8 bytes"));
-        Some(Self { directory: directory.to_owned(), file, page_bits, entries, clean: true, packs: packs.collect() })
+        let (directory, packs) = (directory.to_owned(), packs.collect());
+        Some(Self { directory, file, page_bits, entries, clean: true, packs, kept: HashMap::new() })
     }
 
     fn create(directory: &Path, page_bits: u32, packs: Vec<IndexedPack>) -> Result<Self, StoreError> {
@@ -92,9 +106,10 @@ impl BlockIndex {
         let fail = |e| StoreError::io(format!("cannot create the index `{}`", path.display()), e);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).map_err(fail)?;
         file.set_len(((1 << page_bits) + 1) * PAGE_BYTES as u64).map_err(fail)?;
-        let index = Self { directory: directory.to_owned(), file, page_bits, entries: 0, clean: false, packs };
+        let (directory, kept) = (directory.to_owned(), HashMap::new());
+        let index = Self { directory, file, page_bits, entries: 0, clean: false, packs, kept };
         index.write_header()?;
-        std::fs::rename(&path, directory.join("blocks")).map_err(fail)?;
+        std::fs::rename(&path, index.directory.join("blocks")).map_err(fail)?;
         Ok(index)
     }
 
@@ -140,6 +155,7 @@ impl BlockIndex {
 
     /// Says that all changes are complete; durable when this returns.
     pub(crate) fn end_changes(&mut self) -> Result<(), StoreError> {
+        self.write_changed()?;
         self.sync()?;
         let records: Vec<u8> =
             self.packs.iter().flat_map(|pack| [&pack.id.0[..], &pack.len_bytes.to_le_bytes()].concat()).collect();
@@ -158,20 +174,20 @@ impl BlockIndex {
     }
 
     /// The places where a block with this hash may be stored: usually none or one.
-    pub(crate) fn candidates(&self, hash: &BlockHash) -> Result<Vec<Location>, StoreError> {
-        let page = self.read_page(self.page_of(hash))?;
-        Ok(entries(&page).filter(|entry| entry[..8] == hash[..8]).map(location).collect())
+    pub(crate) fn candidates(&mut self, hash: &BlockHash) -> Result<Vec<Location>, StoreError> {
+        let page = self.page(self.page_of(hash))?;
+        Ok(entries(&page.bytes).filter(|entry| entry[..8] == hash[..8]).map(location).collect())
     }
 
     /// Adds an entry.
     pub(crate) fn insert(&mut self, hash: &BlockHash, at: Location) -> Result<(), StoreError> {
         debug_assert!(!self.clean, "changes are announced first");
         loop {
-            let number = self.page_of(hash);
-            let mut page = self.read_page(number)?;
-            if push(&mut page, &entry(hash, at)) {
+            let page = self.page(self.page_of(hash))?;
+            if push(&mut page.bytes, &entry(hash, at)) {
+                page.changed = true;
                 self.entries += 1;
-                return self.write_page(number, &page);
+                return Ok(());
             }
             self.double()?;
         }
@@ -186,10 +202,10 @@ impl BlockIndex {
         if self.page_bits == MAX_PAGE_BITS {
             return Err(StoreError::corrupt("the index has reached its largest size"));
         }
-        let mut larger = Self::create(&self.directory, self.page_bits + 1, std::mem::take(&mut self.packs))?;
+        let mut larger = Self::create(&self.directory, self.page_bits + 1, self.packs.clone())?;
         for number in 0..1 << self.page_bits {
             let (mut low, mut high) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
-            for entry in entries(&self.read_page(number)?) {
+            for entry in entries(&self.page(number)?.bytes) {
                 let half =
                     if page_number(key(entry), larger.page_bits).is_multiple_of(2) { &mut low } else { &mut high };
                 push(half, entry);
@@ -202,12 +218,30 @@ impl BlockIndex {
         Ok(())
     }
 
-    fn read_page(&self, number: u64) -> Result<Page, StoreError> {
-        let mut page = [0; PAGE_BYTES];
-        self.file
-            .read_exact_at(&mut page, (number + 1) * PAGE_BYTES as u64)
-            .map_err(|e| StoreError::io("cannot read the index", e))?;
-        Ok(page)
+    fn page(&mut self, number: u64) -> Result<&mut KeptPage, StoreError> {
+        if !self.kept.contains_key(&number) {
+            if self.kept.len() >= PAGES_KEPT {
+                self.write_changed()?;
+                self.kept.clear();
+            }
+            let mut bytes = Box::new([0; PAGE_BYTES]);
+            self.file
+                .read_exact_at(&mut bytes[..], (number + 1) * PAGE_BYTES as u64)
+                .map_err(|e| StoreError::io("cannot read the index", e))?;
+            self.kept.insert(number, KeptPage { bytes, changed: false });
+        }
+        Ok(self.kept.get_mut(&number).expect("added above"))
+    }
+
+    /// Writes every changed page, in the order of the file.
+    fn write_changed(&mut self) -> Result<(), StoreError> {
+        let mut changed: Vec<_> = self.kept.iter().filter(|(_, page)| page.changed).map(|(n, _)| *n).collect();
+        changed.sort_unstable();
+        for number in changed {
+            self.write_page(number, &self.kept[&number].bytes)?;
+        }
+        self.kept.values_mut().for_each(|page| page.changed = false);
+        Ok(())
     }
 
     fn write_page(&self, number: u64, page: &Page) -> Result<(), StoreError> {
@@ -306,7 +340,7 @@ mod tests {
         }
         assert!(index.page_bits > MIN_PAGE_BITS);
         index.end_changes().unwrap();
-        let index = BlockIndex::open(dir.path()).unwrap();
+        let mut index = BlockIndex::open(dir.path()).unwrap();
         assert_eq!(index.packs().len(), 2);
         for n in 0..COUNT {
             assert_eq!(index.candidates(&hash(n)).unwrap(), [at(n)], "{n}");
@@ -323,7 +357,7 @@ mod tests {
         index.end_changes().unwrap();
         index.begin_changes().unwrap();
         drop(index);
-        let index = BlockIndex::open(dir.path()).unwrap();
+        let mut index = BlockIndex::open(dir.path()).unwrap();
         assert!(index.packs().is_empty() && index.candidates(&hash(1)).unwrap().is_empty());
     }
 }
