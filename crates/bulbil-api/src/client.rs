@@ -180,6 +180,15 @@ impl Client {
         self.stream("/v1/images", request).await
     }
 
+    /// Checks of a launch what does not depend on the image.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn check_launch(&self, request: &LaunchRequest) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(request).map_err(ClientError::connection)?;
+        self.send(Method::POST, "/v1/launch-checks", body).await.map(drop)
+    }
+
     /// Launches instances and follows them.
     ///
     /// # Errors

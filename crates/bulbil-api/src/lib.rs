@@ -11,6 +11,7 @@
 //! | `GET /v1/images`, `POST /v1/images` | lists; imports (stream) |
 //! | `GET`, `DELETE /v1/images/{image}` | shows; removes |
 //! | `GET /v1/instances`, `POST /v1/instances?wait=` | lists; launches (stream) |
+//! | `POST /v1/launch-checks` | checks of a launch what does not depend on the image |
 //! | `GET`, `DELETE /v1/instances/{instance}?force=` | shows; removes |
 //! | `POST /v1/instances/{instance}/start?wait=` | starts (stream) |
 //! | `POST /v1/instances/{instance}/stop?grace_s=&force=` | stops and waits until it is |

@@ -47,6 +47,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{image}", get(show_image).delete(remove_image))
         .route("/v1/instances", get(list_instances).post(launch))
+        .route("/v1/launch-checks", post(check_launch))
         .route("/v1/instances/{instance}", get(show_instance).delete(remove_instance))
         .route("/v1/instances/{instance}/start", post(start_instance))
         .route("/v1/instances/{instance}/stop", post(stop_instance))
@@ -144,6 +145,10 @@ async fn launch(
     let instances = api.control.launch(request).await?;
     let wait = if dry_run { Wait::None } else { query.wait };
     Ok(follow(api.control, instances, wait))
+}
+
+async fn check_launch(State(api): State<Api>, Json(request): Json<LaunchRequest>) -> Answer<()> {
+    Ok(Json(api.control.check_launch(&request).await?))
 }
 
 async fn start_instance(

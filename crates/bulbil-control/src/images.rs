@@ -1,5 +1,6 @@
 //! Files into the store: a disk of any format becomes a catalogued image.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -131,7 +132,7 @@ impl Control {
             return match existing.digest == imported.report.digest {
                 true => Ok((existing, true)),
                 false => {
-                    self.drop_unused_content(imported.report.digest).await?;
+                    self.drop_unused_content().await?;
                     let text = format!("image `{name}:{version}` exists already, with other content");
                     Err(ControlError::new(ErrorCode::InUse, text))
                 }
@@ -150,7 +151,12 @@ impl Control {
             source_format: imported.format.to_string(),
             created_at: now(),
         };
-        self.catalog.add_image(&record).await?;
+        if let Err(error) = self.catalog.add_image(&record).await {
+            if let Err(left) = self.drop_unused_content().await {
+                tracing::warn!(error = %left, "cannot free what a failed import left");
+            }
+            return Err(error);
+        }
         tracing::info!(image = %record.id, name = %record.name, digest = %record.digest, "image imported");
         Ok((record, false))
     }
@@ -195,25 +201,30 @@ impl Control {
         }
         self.catalog.remove_image(&image.id).await?;
         drop(no_new_use);
-        self.drop_unused_content(image.digest).await?;
+        self.drop_unused_content().await?;
         tracing::info!(image = %image.id, name = %image.name, "image removed");
         Ok(image)
     }
 
-    /// Frees a content that neither an image nor an instance refers to.
-    async fn drop_unused_content(&self, digest: bulbil_store::Digest) -> Result<(), ControlError> {
-        let used = self.catalog.images().await?.iter().any(|image| image.digest == digest)
-            || self.catalog.instances().await?.iter().any(|(record, _)| record.image_digest == digest);
-        if used {
-            return Ok(());
-        }
+    /// Frees every content that neither an image nor an instance refers to: that of an image that
+    /// was just removed, and what an import has left that was killed before it was catalogued.
+    ///
+    /// The caller holds the lock on changes of images, so no import is between store and catalog.
+    async fn drop_unused_content(&self) -> Result<(), ControlError> {
+        let no_new_use = self.image_uses.lock().await;
+        let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
+        let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
+        let used: HashSet<_> = images.chain(instances).collect();
         let store = Arc::clone(&self.store);
         let freed = tokio::task::spawn_blocking(move || {
-            store.remove_manifest(&digest)?;
+            for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
+                store.remove_manifest(digest)?;
+            }
             store.sweep()
         });
         let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
-        freed.map(drop).map_err(|e| store_error("cannot free the image's space", &e))
+        drop(no_new_use);
+        freed.map(drop).map_err(|e| store_error("cannot free unused space", &e))
     }
 }
 

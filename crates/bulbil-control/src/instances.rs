@@ -84,10 +84,12 @@ impl Control {
         Ok(launched)
     }
 
-    /// Checks a request and fills in what it leaves open; changes nothing.
-    async fn plan(&self, request: &LaunchRequest) -> Result<Vec<InstanceRecord>, ControlError> {
+    /// Checks of a request what does not depend on the image, which may not be there yet.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub async fn check_launch(&self, request: &LaunchRequest) -> Result<(), ControlError> {
         let invalid = |text: String| Err(ControlError::new(ErrorCode::Invalid, text));
-        let image = self.image(&request.image).await?;
         if request.cpus == 0 || request.cpus > 255 {
             return invalid(format!("{} processors are not possible: use 1 to 255", request.cpus));
         }
@@ -100,19 +102,41 @@ impl Control {
         if request.count > 1 && !request.publish.is_empty() {
             return invalid("a port of the host can lead to one instance only; launch them one by one".to_owned());
         }
+        if request.disk_bytes.is_some_and(|bytes| !bytes.is_multiple_of(512)) {
+            return invalid(format!(
+                "a disk of {} bytes is not possible: it must be a multiple of 512",
+                request.disk_bytes.unwrap_or_default()
+            ));
+        }
+        if let Some(user_data) = &request.user_data {
+            check_user_data(request.personality, user_data)
+                .map_err(|e| ControlError::with_source(ErrorCode::Invalid, "the user data cannot be used", &e))?;
+        }
+        for text in &request.public_keys {
+            keys::parse_public_keys(text)?;
+        }
+        check_qemu().await?;
+        check_ports(&request.publish)?;
+        for index in 1..=request.count {
+            self.choose_name(request, index, &InstanceId::random()).await?;
+        }
+        Ok(())
+    }
+
+    /// Checks a request and fills in what it leaves open; changes nothing.
+    async fn plan(&self, request: &LaunchRequest) -> Result<Vec<InstanceRecord>, ControlError> {
+        let image = self.image(&request.image).await?;
+        self.check_launch(request).await?;
+        check_firmware(image.boot_mode)?;
         let disk_bytes = request.disk_bytes.unwrap_or(image.size_bytes);
-        if disk_bytes < image.size_bytes || disk_bytes > MAX_DISK_BYTES || !disk_bytes.is_multiple_of(512) {
+        if disk_bytes < image.size_bytes || disk_bytes > MAX_DISK_BYTES {
             let text = format!(
                 "a disk of {} is not possible: the image needs {}, the limit is {}",
                 bulbil_types::ByteSize(disk_bytes),
                 bulbil_types::ByteSize(image.size_bytes),
                 bulbil_types::ByteSize(MAX_DISK_BYTES),
             );
-            return invalid(text);
-        }
-        if let Some(user_data) = &request.user_data {
-            check_user_data(request.personality, user_data)
-                .map_err(|e| ControlError::with_source(ErrorCode::Invalid, "the user data cannot be used", &e))?;
+            return Err(ControlError::new(ErrorCode::Invalid, text));
         }
         let mut public_keys = Vec::new();
         for text in &request.public_keys {
@@ -121,7 +145,6 @@ impl Control {
         public_keys.push(keys::own_public_key(&self.data)?);
         let mut seen = std::collections::HashSet::new();
         public_keys.retain(|key| seen.insert(key.clone()));
-        self.check_host(image.boot_mode, &request.publish).await?;
         let mut records = Vec::new();
         for index in 1..=request.count {
             let id = InstanceId::random();
@@ -165,24 +188,6 @@ impl Control {
             Some(_) => Err(ControlError::new(ErrorCode::InUse, format!("an instance named `{name}` exists already"))),
             None => Ok(name),
         }
-    }
-
-    /// Checks what would otherwise fail only in the shim.
-    async fn check_host(&self, boot_mode: BootMode, publish: &[PublishedPort]) -> Result<(), ControlError> {
-        let missing = |e: &qemu::QemuError| ControlError::new(ErrorCode::MissingProgram, e.to_string());
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let program = qemu::find_qemu(None, &path).map_err(|e| missing(&e))?;
-        qemu::QemuBinary::probe(&program).await.map_err(|e| missing(&e))?;
-        if boot_mode == BootMode::Uefi {
-            qemu::find_ovmf().map_err(|e| missing(&e))?;
-        }
-        for port in publish {
-            if let Err(error) = TcpListener::bind((port.address, port.host_port)) {
-                let text = format!("cannot publish port {} of {}", port.host_port, port.address);
-                return Err(ControlError::with_source(ErrorCode::InUse, text, &error));
-            }
-        }
-        Ok(())
     }
 
     async fn create_and_start(
@@ -382,7 +387,9 @@ impl Control {
             let text = format!("instance `{wanted}` is {}, not stopped", instance.run.state);
             return Err(ControlError::new(ErrorCode::InUse, text));
         }
-        self.check_host(instance.record.boot_mode, &instance.record.publish).await?;
+        check_qemu().await?;
+        check_firmware(instance.record.boot_mode)?;
+        check_ports(&instance.record.publish)?;
         self.start_shim(&instance.record).await?;
         self.instance(wanted).await
     }
@@ -435,6 +442,35 @@ impl Control {
         tracing::info!(instance = %id, name = %instance.record.name, "instance removed");
         Ok(instance)
     }
+}
+
+// What would otherwise fail only in the shim:
+
+async fn check_qemu() -> Result<(), ControlError> {
+    let missing = |e: &qemu::QemuError| ControlError::new(ErrorCode::MissingProgram, e.to_string());
+    let program = qemu::find_qemu(None, &std::env::var_os("PATH").unwrap_or_default()).map_err(|e| missing(&e))?;
+    qemu::QemuBinary::probe(&program).await.map(drop).map_err(|e| missing(&e))
+}
+
+fn check_firmware(boot_mode: BootMode) -> Result<(), ControlError> {
+    match boot_mode {
+        BootMode::Bios => Ok(()),
+        BootMode::Uefi => {
+            let found = qemu::find_ovmf().map(drop);
+            found.map_err(|e| ControlError::new(ErrorCode::MissingProgram, e.to_string()))
+        }
+    }
+}
+
+/// All at the same time, so that one that is named twice is found too.
+fn check_ports(publish: &[PublishedPort]) -> Result<(), ControlError> {
+    let listen = |port: &PublishedPort| {
+        TcpListener::bind((port.address, port.host_port)).map_err(|error| {
+            let text = format!("cannot publish port {} of {}", port.host_port, port.address);
+            ControlError::with_source(ErrorCode::InUse, text, &error)
+        })
+    };
+    publish.iter().map(listen).collect::<Result<Vec<_>, _>>().map(drop)
 }
 
 fn view(record: InstanceRecord, run: RunState) -> InstanceView {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bulbil_api::Wait;
 use bulbil_control::PublishedPort;
 use bulbil_types::{ByteSize, Name, Personality};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
@@ -60,11 +61,13 @@ pub(crate) enum Command {
     #[command(visible_alias = "info")]
     Show {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
     },
     /// Log in to an instance over SSH
     Shell {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         /// User to log in as [default: the image's own]
         #[arg(long)]
@@ -77,6 +80,7 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  bulbil exec web -- cat /etc/hostname")]
     Exec {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         /// User to run it as [default: the image's own]
         #[arg(long)]
@@ -88,6 +92,7 @@ pub(crate) enum Command {
     /// Show what an instance wrote to its serial console
     Logs {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         /// Go on showing what is added
         #[arg(short, long)]
@@ -99,11 +104,13 @@ pub(crate) enum Command {
     /// Attach to an instance's serial console; Ctrl-] leaves it
     Console {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
     },
     /// Power an instance off
     Stop {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         /// Switch it off instead of asking the guest
         #[arg(short, long)]
@@ -115,6 +122,7 @@ pub(crate) enum Command {
     /// Start a stopped instance
     Start {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         #[command(flatten)]
         wait: WaitArgs,
@@ -122,6 +130,7 @@ pub(crate) enum Command {
     /// Stop an instance and start it again
     Reboot {
         /// Name or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         instance: String,
         /// Switch it off instead of asking the guest
         #[arg(short, long)]
@@ -132,7 +141,7 @@ pub(crate) enum Command {
     /// Remove instances with their disks
     Rm {
         /// Names or ids
-        #[arg(required_unless_present = "all")]
+        #[arg(required_unless_present = "all", value_parser = NonEmptyStringValueParser::new())]
         instances: Vec<String>,
         /// Remove every instance
         #[arg(long, conflicts_with = "instances")]
@@ -199,12 +208,13 @@ pub(crate) enum ImageCommand {
     #[command(visible_alias = "info")]
     Show {
         /// Name, name:version or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         image: String,
     },
     /// Remove images and free what nothing else uses
     Rm {
         /// Names, name:version or ids
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = NonEmptyStringValueParser::new())]
         images: Vec<String>,
     },
 }
@@ -242,7 +252,7 @@ Examples:
   bulbil launch debian-12 --personality alibaba --count 3 --name node")]
 pub(crate) struct LaunchArgs {
     /// An image (name, name:version, id) or a disk image file to import first
-    #[arg(value_name = "IMAGE|FILE")]
+    #[arg(value_name = "IMAGE|FILE", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) image: String,
     /// Name of the instance [default: made up]
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -46,9 +47,13 @@ pub(crate) async fn connect(data: &DataDir) -> CliResult<Client> {
         if is_there(&client).await? {
             return Ok(client);
         }
-        // One that ends because another was quicker leaves that one to answer.
-        let ended = child.try_wait().ok().flatten().is_some_and(|status| !status.success());
-        if ended || Instant::now() > deadline {
+        let status = child.try_wait().ok().flatten();
+        // One that ends well has met another, which may answer soon, or may be on its way out.
+        if status.is_some_and(|status| status.success()) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            child = start(data, &log_path).map_err(|e| CliError::io("cannot start the daemon", &e))?;
+        }
+        if status.is_some_and(|status| !status.success()) || Instant::now() > deadline {
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
             let last = log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
             return Err(CliError::new("the daemon does not start")
@@ -70,7 +75,7 @@ async fn is_there(client: &Client) -> CliResult<bool> {
 }
 
 fn start(data: &DataDir, log_path: &Path) -> std::io::Result<std::process::Child> {
-    let log = File::options().create(true).append(true).open(log_path)?;
+    let log = File::options().create(true).append(true).mode(0o600).open(log_path)?;
     Command::new(std::env::current_exe()?)
         .args(["serve", "--detached", "--data-dir"])
         .arg(data.root())

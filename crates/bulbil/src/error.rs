@@ -44,6 +44,23 @@ impl CliError {
         if self.code == Some(code) { self.hint(hint) } else { self }
     }
 
+    /// Adds the command that makes a disk importable that was refused as it is. The words are those
+    /// of the importer's refusals, each of which begins with its code.
+    pub(crate) fn hint_from_causes(self, file: &std::path::Path) -> Self {
+        let says = |word: &str| self.causes.iter().any(|cause| cause.contains(word));
+        let verb = if says("has-backing-file") || says("external-data-file") {
+            "flatten it first"
+        } else if says("unsupported-format") {
+            "convert it first"
+        } else if says("not a disk image") {
+            return self.hint("if it is a raw disk all the same, say so: --format raw");
+        } else {
+            return self;
+        };
+        let (file, flat) = (file.display(), file.with_extension("flat.qcow2"));
+        self.hint(format!("{verb}: qemu-img convert -O qcow2 {file} {}", flat.display()))
+    }
+
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.status)
     }

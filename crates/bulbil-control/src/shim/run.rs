@@ -347,7 +347,8 @@ impl Watcher<'_> {
                 self.set_user(&user);
                 self.apply(BootInput::NoCloudInit);
             }
-            Found::Look(Look::NoLogin) => {
+            Found::Look(Look::Unreachable) => {}
+            Found::Look(Look::Refused) => {
                 let error = "no user of the image accepts the keys over ssh".to_owned();
                 let report = CloudInitReport { done: true, errors: vec![error], ..CloudInitReport::default() };
                 self.apply(BootInput::CloudInitStatus(report));
@@ -435,7 +436,8 @@ async fn look_into_guest(target: SshTarget, states: watch::Receiver<RunState>, f
         let last = match &look {
             Look::Report { report, .. } => report.done,
             Look::NoCloudInit { .. } => true,
-            Look::NoLogin => {
+            Look::Unreachable => false,
+            Look::Refused => {
                 // Keys are set by cloud-init, so being refused before it finished means nothing.
                 let since = *refused_since.get_or_insert_with(Instant::now);
                 if !finished {
@@ -444,7 +446,7 @@ async fn look_into_guest(target: SshTarget, states: watch::Receiver<RunState>, f
                 finished && since.elapsed() > LOGIN_LIMIT
             }
         };
-        let telling = last || !matches!(look, Look::NoLogin);
+        let telling = last || matches!(look, Look::Report { .. } | Look::NoCloudInit { .. });
         if telling && found.send(Found::Look(look)).await.is_err() || last {
             return;
         }

@@ -17,7 +17,7 @@ const USUAL_USERS: [&str; 10] =
 const SSH_FAILED: i32 = 255;
 
 const BANNER_LIMIT: Duration = Duration::from_secs(10);
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// Prints both of cloud-init's files, or only the separator where there is none.
@@ -57,8 +57,10 @@ pub(super) enum Look {
     Report { user: String, report: CloudInitReport },
     /// A session worked, and there is no cloud-init.
     NoCloudInit { user: String },
-    /// No user could log in with the keys.
-    NoLogin,
+    /// The server answered and let no user in with the keys.
+    Refused,
+    /// No answer came in time, or the connection broke.
+    Unreachable,
 }
 
 /// Logs in and reads cloud-init's files once.
@@ -68,9 +70,13 @@ pub(super) async fn look(target: &SshTarget, known_user: Option<&str>) -> Look {
         None => USUAL_USERS.to_vec(),
     };
     for user in users {
-        let Some(output) = run(target, user, STATUS_COMMAND).await else { continue };
+        // A guest that is slow for one user is slow for all: it is asked again later.
+        let Some(output) = run(target, user, STATUS_COMMAND).await else { return Look::Unreachable };
         if output.status.code() == Some(SSH_FAILED) {
-            continue;
+            if String::from_utf8_lossy(&output.stderr).contains("Permission denied") {
+                continue;
+            }
+            return Look::Unreachable;
         }
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         // An image may answer a login with words of its own, as root's on Debian: that is not a session.
@@ -86,13 +92,13 @@ pub(super) async fn look(target: &SshTarget, known_user: Option<&str>) -> Look {
             Err(_) => Look::Report { user, report: CloudInitReport::default() },
         };
     }
-    Look::NoLogin
+    Look::Refused
 }
 
 async fn run(target: &SshTarget, user: &str, command: &str) -> Option<Output> {
     let child = Command::new("ssh")
         .args(options(target.port, &target.identity.to_string_lossy(), &target.known_hosts.to_string_lossy()))
-        .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=20"])
+        .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=60"])
         .arg(format!("{user}@127.0.0.1"))
         .arg(command)
         .stdin(Stdio::null())

@@ -37,6 +37,12 @@ pub(crate) async fn import(
     // Not canonical: the image is named after the file that was typed, not what a link leads to.
     let path = std::path::absolute(file).and_then(|path| std::fs::metadata(&path).map(|_| path));
     let path = path.map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
+    if path.to_str().is_none() {
+        let text = format!("cannot import `{}`", file.display());
+        return Err(CliError::new(text)
+            .caused_by("its path is not valid UTF-8")
+            .hint("rename it, or give it a link with another name"));
+    }
     let (name, version) = name.map_or((None, None), |n| (Some(n.name), n.version));
     let request = ImportRequest { path, name, version, format };
     let started = std::time::Instant::now();
@@ -44,6 +50,7 @@ pub(crate) async fn import(
         CliError::from(e)
             .hint_for(ErrorCode::InUse, "give it another version: --as NAME:VERSION, or see: bulbil image list")
             .hint_for(ErrorCode::NoSpace, "free some space, or choose another --data-dir")
+            .hint_from_causes(file)
     };
     let mut events = context.client.import(&request).await.map_err(with_hints)?;
     let bar = progress::import_bar();

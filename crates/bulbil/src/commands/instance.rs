@@ -19,11 +19,6 @@ pub(crate) fn with_hints(error: CliError, name: &str) -> CliError {
         .hint_for(ErrorCode::InUse, format!("see it: bulbil show {name}"))
 }
 
-pub(crate) fn name_in_use(name: &str) -> CliError {
-    CliError::new(format!("an instance named `{name}` exists already"))
-        .hint(format!("choose another --name, or remove it: bulbil rm {name} --force"))
-}
-
 async fn find(context: &Context<'_>, name: &str) -> CliResult<InstanceView> {
     context.client.instance(name).await.map_err(|e| with_hints(e.into(), name))
 }

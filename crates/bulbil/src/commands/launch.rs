@@ -38,12 +38,8 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
                 .note(&format!("would import `{}` first; nothing was created: this was a dry run", file.display()));
             return Ok(());
         }
-        // A name that is taken must not be found out after a long import.
-        if let Some(name) = &request.name
-            && context.client.instance(name.as_str()).await.is_ok()
-        {
-            return Err(instance::name_in_use(name.as_str()));
-        }
+        // What is wrong must not be found out after a long import.
+        context.client.check_launch(&request).await.map_err(|e| with_launch_hints(e.into(), &request))?;
         let imported = image::import(context, &file, None, None).await.map_err(|mut error| {
             if error.code == Some(ErrorCode::InUse) {
                 let file = file.display();
@@ -55,16 +51,8 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
         })?;
         request.image = imported.id.to_string();
     }
-    let name = request.name.as_ref().map(ToString::to_string).unwrap_or_default();
-    let events = context.client.launch(&request, arguments.wait.wait).await.map_err(|e| {
-        let error = image::with_image_hint(e.into());
-        if error.code == Some(ErrorCode::InUse) && error.message.contains("named") {
-            return error.hint(format!("choose another --name, or remove it: bulbil rm {name} --force"));
-        }
-        error
-            .hint_for(ErrorCode::InUse, "choose another port of the host: --publish HOST:GUEST")
-            .hint_for(ErrorCode::MissingProgram, "install it, then see: bulbil doctor")
-    })?;
+    let events = context.client.launch(&request, arguments.wait.wait).await;
+    let events = events.map_err(|e| with_launch_hints(e.into(), &request))?;
     if request.dry_run {
         let planned = collect(events).await?;
         context.printer.note("nothing was created: this was a dry run");
@@ -72,6 +60,17 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
     }
     let instances = follow(context, events, request.count > 1).await?;
     conclude(context, &instances, arguments.wait.wait, started)
+}
+
+fn with_launch_hints(error: CliError, request: &LaunchRequest) -> CliError {
+    let error = image::with_image_hint(error);
+    let name = request.name.as_ref().map(ToString::to_string).unwrap_or_default();
+    if error.code == Some(ErrorCode::InUse) && error.message.contains("named") {
+        return error.hint(format!("choose another --name, or remove it: bulbil rm {name} --force"));
+    }
+    error
+        .hint_for(ErrorCode::InUse, "choose another port of the host: --publish HOST:GUEST")
+        .hint_for(ErrorCode::MissingProgram, "install it, then see: bulbil doctor")
 }
 
 pub(crate) async fn start(context: &Context<'_>, name: &str, wait: Wait) -> CliResult<()> {

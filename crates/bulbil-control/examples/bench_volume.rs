@@ -1,0 +1,79 @@
+//! What `cargo xtask bench launch` starts: volumes without a virtual machine.
+//!
+//! ```text
+//! bench_volume create DATA_DIR DIGEST SIZE_BYTES             make a volume, print its id
+//! bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N     make N and print the microseconds of each
+//! bench_volume serve DATA_DIR VOLUME SOCKET                  serve one over NBD until standard input is closed
+//! ```
+//! A volume is made and opened as a launch does it: from the image's manifest, durable.
+
+use std::error::Error;
+use std::io::{self, Read as _, Write as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bulbil_control::DataDir;
+use bulbil_export::nbd::{Export, NbdServer};
+use bulbil_store::{Digest, Store};
+use bulbil_types::VolumeId;
+use bulbil_volume::{BaseCache, VolumeDirectory};
+
+const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
+       bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
+       bench_volume serve DATA_DIR VOLUME SOCKET";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words[..] {
+        ["create", data, digest, size_bytes] => {
+            let id = Volumes::open(data)?.create(&digest.parse()?, size_bytes.parse()?)?;
+            writeln!(io::stdout(), "{id}")?;
+        }
+        ["time-creates", data, digest, size_bytes, count] => {
+            let (volumes, digest, size_bytes) = (Volumes::open(data)?, digest.parse()?, size_bytes.parse()?);
+            for _ in 0..count.parse::<u32>()? {
+                let start = Instant::now();
+                volumes.create(&digest, size_bytes)?;
+                writeln!(io::stdout(), "{}", start.elapsed().as_micros())?;
+            }
+        }
+        ["serve", data, volume, socket] => Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket))?,
+        _ => return Err(USAGE.into()),
+    }
+    Ok(())
+}
+
+/// The store and the volumes of one data directory.
+struct Volumes {
+    data: DataDir,
+    store: Arc<Store>,
+    directory: VolumeDirectory,
+}
+
+impl Volumes {
+    fn open(data: &str) -> Result<Self, Box<dyn Error>> {
+        let data = DataDir::open(Path::new(data))?;
+        let store = Arc::new(Store::open_or_create(&data.store())?);
+        let directory = VolumeDirectory::open(&data.volumes())?;
+        Ok(Self { data, store, directory })
+    }
+
+    fn create(&self, digest: &Digest, size_bytes: u64) -> Result<VolumeId, Box<dyn Error>> {
+        let id = VolumeId::random();
+        let manifest = self.store.manifest(digest)?;
+        self.directory.create(&id, size_bytes, Some(&manifest))?;
+        Ok(id)
+    }
+
+    fn serve(&self, id: &VolumeId, socket: &Path) -> Result<(), Box<dyn Error>> {
+        let cache = Arc::new(BaseCache::open(&self.data.cache())?);
+        let device = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
+        let export = Export { name: String::new(), description: id.to_string(), device };
+        let server = NbdServer::bind(socket)?.export(export)?.spawn()?;
+        io::stdin().read_to_end(&mut Vec::new())?;
+        server.shutdown();
+        Ok(())
+    }
+}
