@@ -657,7 +657,12 @@ impl<'a> Import<'a> {
         self.published = Some(digest);
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
-        let published = self.known.store.publish(&manifest)?;
+        let mut published = self.known.store.publish(&manifest)?;
+        if !published && self.known.store.manifest(&digest).is_err_and(|e| e.kind() == StoreErrorKind::Corrupt) {
+            // What is there cannot be read by anybody; this one can.
+            self.known.store.remove_manifest(&digest)?;
+            published = self.known.store.publish(&manifest)?;
+        }
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use bulbil_store::{Extent, Manifest, PackRef, Store};
 use bulbil_types::{BLOCK_BYTES, BLOCKS_PER_FRAME};
 
-use crate::cache::{BaseCache, CacheCounters, CacheFile};
+use crate::cache::{BaseCache, CacheCounters, CacheFile, read_uncached};
 use crate::device::{BlockError, BlockErrorKind};
 
 #[derive(Debug)]
@@ -108,20 +108,11 @@ impl Base {
     }
 
     fn read_piece(&self, piece: &Piece<'_>, buf: &mut [u8]) -> Result<(), BlockError> {
-        let file = match piece.file.get() {
-            Some(file) => file,
-            None => {
-                let opened = self.cache.file(piece.pack).map_err(|e| {
-                    BlockError::with_source(
-                        BlockErrorKind::Io,
-                        format!("cannot open the cache of pack {}", piece.pack.id),
-                        e,
-                    )
-                })?;
-                piece.file.get_or_init(|| opened)
-            }
+        let read = match self.cache_file(piece) {
+            Some(file) => file.read(&self.store, piece.pack, piece.frame, piece.offset_in_frame, buf, &self.counters),
+            None => read_uncached(&self.store, piece.pack, piece.frame, piece.offset_in_frame, buf),
         };
-        file.read(&self.store, piece.pack, piece.frame, piece.offset_in_frame, buf, &self.counters).map_err(|error| {
+        read.map_err(|error| {
             tracing::error!(pack = %piece.pack.id, frame = piece.frame, image = %self.manifest.digest(), %error,
                 "cannot read a frame of an image");
             BlockError::with_source(
@@ -130,5 +121,19 @@ impl Base {
                 error,
             )
         })
+    }
+
+    /// The pack's file in the cache; `None` when the host cannot give one now.
+    fn cache_file<'a>(&self, piece: &'a Piece<'_>) -> Option<&'a Arc<CacheFile>> {
+        if let Some(file) = piece.file.get() {
+            return Some(file);
+        }
+        match self.cache.file(piece.pack) {
+            Ok(opened) => Some(piece.file.get_or_init(|| opened)),
+            Err(error) => {
+                tracing::warn!(pack = %piece.pack.id, %error, "cannot open the base cache; reading from the store");
+                None
+            }
+        }
     }
 }

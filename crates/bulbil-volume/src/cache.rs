@@ -112,8 +112,11 @@ impl CacheFile {
         let expected = header(boot_id);
         let mut found = vec![0; expected.len()];
         let current = file.read_exact_at(&mut found, 0).is_ok() && found == expected;
-        if !current {
-            std::fs::remove_file(path)?;
+        if !current && let Err(error) = std::fs::remove_file(path)
+            // Another process has thrown it away at the same time.
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
         }
         Ok(current.then_some(file))
     }
@@ -127,8 +130,10 @@ impl CacheFile {
             std::thread::current().id(),
         ));
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&temporary)?;
-        file.write_all_at(&header(boot_id), 0)?;
-        file.set_len(FRAMES_OFFSET)?;
+        if let Err(error) = file.write_all_at(&header(boot_id), 0).and_then(|()| file.set_len(FRAMES_OFFSET)) {
+            drop(std::fs::remove_file(&temporary));
+            return Err(error);
+        }
         let linked = std::fs::hard_link(&temporary, path);
         std::fs::remove_file(&temporary)?;
         match linked {
@@ -228,6 +233,17 @@ fn header(boot_id: &str) -> Vec<u8> {
 
 fn frame_offset(frame: u32) -> u64 {
     FRAMES_OFFSET + u64::from(frame) * FRAME_BYTES
+}
+
+/// Reads a part of a frame from the store alone, for when there is no cache to be had.
+pub(crate) fn read_uncached(
+    store: &Store,
+    pack: &PackRef,
+    frame: u32,
+    offset: u64,
+    buf: &mut [u8],
+) -> Result<(), StoreError> {
+    copy_part(&store.read_frame(pack, frame)?, offset, buf, pack)
 }
 
 fn copy_part(plain: &[u8], offset: u64, buf: &mut [u8], pack: &PackRef) -> Result<(), StoreError> {

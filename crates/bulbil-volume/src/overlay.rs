@@ -224,8 +224,9 @@ impl Overlay {
 
     /// Locks the map with a page in memory; it is read under the lock, so that it cannot be stale.
     fn map_with_page(&self, number: u64) -> Result<RwLockWriteGuard<'_, BlockMap>, BlockError> {
-        let file = lock(&self.map_file).clone();
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        // After the map is locked: a flush may just have made the file.
+        let file = lock(&self.map_file).clone();
         if !map.has_page(number) {
             let mut page = [0; BLOCK_LEN];
             if let Some(file) = file {

@@ -44,7 +44,8 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// When the host cannot open it.
     fn open(&self, name: &str) -> io::Result<Option<Arc<dyn StorageFile>>>;
 
-    /// Creates an empty file; its name is durable when this returns.
+    /// Creates an empty file, or takes one that an earlier attempt has made; its name is durable when
+    /// this returns.
     ///
     /// # Errors
     /// When the host cannot create it.
@@ -75,7 +76,8 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(self.path.join(name))?;
+        // One that is there already was made by an attempt whose sync failed.
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join(name))?;
         File::open(&self.path)?.sync_all()?;
         Ok(Arc::new(HostFile(file)))
     }

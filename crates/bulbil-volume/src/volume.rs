@@ -63,8 +63,10 @@ impl VolumeDirectory {
         let base = base.map(Manifest::digest);
         let record = VolumeRecord { format_version: FORMAT_VERSION, id: id.clone(), size_bytes, base };
         let directory = self.volume_path(id);
+        let fail = |e| VolumeError::io(format!("cannot create volume {id}"), e);
+        // By itself: what is there already is not ours to remove.
+        std::fs::create_dir(&directory).map_err(fail)?;
         let write = || -> io::Result<()> {
-            std::fs::create_dir(&directory)?;
             let mut file = File::create_new(directory.join(RECORD_NAME))?;
             file.write_all(&serde_json::to_vec(&record)?)?;
             file.sync_all()?;
@@ -73,7 +75,7 @@ impl VolumeDirectory {
         };
         if let Err(error) = write() {
             drop(std::fs::remove_dir_all(&directory));
-            return Err(VolumeError::io(format!("cannot create volume {id}"), error));
+            return Err(fail(error));
         }
         Ok(record)
     }
