@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::images::{Image, Profile, build};
-use crate::run::{Cmd, Steps, cargo, say, workspace_root};
+use crate::run::{Cmd, Steps, cargo, print_data, say, workspace_root};
 use crate::setup;
 
 const IMAGE: &str = "debian-12";
@@ -22,6 +22,9 @@ write_files:
     content: |
       hello from user data
 ";
+
+/// What shows that host name, user data and key took effect.
+const LOOK: &str = "hostname; cat /etc/hello; tail -n 1 ~/.ssh/authorized_keys; cloud-init status";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -55,10 +58,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     })?;
     steps.step("4 import", || bulbil.import(&disk))?;
     steps.step("5 launch", || bulbil.launch())?;
-    steps.step("6 look inside", || bulbil.look_inside())?;
+    let mut said = String::new();
+    steps.step("6 look inside", || {
+        said = bulbil.look_inside()?;
+        Ok(())
+    })?;
     bulbil.finish(args.keep)?;
     steps.print_times();
-    Ok(())
+    say("\nWhat the guest said over SSH: its host name, a file out of the user data, the key, cloud-init's verdict");
+    print_data(said.trim_end())
 }
 
 struct Bulbil {
@@ -101,8 +109,8 @@ impl Bulbil {
             .run()
     }
 
-    fn look_inside(&self) -> Result<()> {
-        self.cmd(&["exec", INSTANCE, "--", "sh", "-c", "hostname; cat /etc/hello; cloud-init status"]).run()
+    fn look_inside(&self) -> Result<String> {
+        self.cmd(&["exec", INSTANCE, "--", "sh", "-c", LOOK]).read()
     }
 
     fn finish(&self, keep: bool) -> Result<()> {

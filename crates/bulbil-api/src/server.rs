@@ -86,6 +86,14 @@ impl IntoResponse for Failure {
     }
 }
 
+/// Does work that must not stop halfway when the client goes away.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ControlError>> + Send + 'static,
+) -> Result<T, ControlError> {
+    let broken = |e| ControlError::with_source(ErrorCode::Failed, "the request broke off", &e);
+    tokio::spawn(work).await.map_err(broken)?
+}
+
 type Answer<T> = Result<Json<T>, Failure>;
 
 async fn health() -> Json<Health> {
@@ -101,7 +109,7 @@ async fn show_image(State(api): State<Api>, Path(image): Path<String>) -> Answer
 }
 
 async fn remove_image(State(api): State<Api>, Path(image): Path<String>) -> Answer<ImageRecord> {
-    Ok(Json(api.control.remove_image(&image).await?))
+    Ok(Json(to_its_end(async move { api.control.remove_image(&image).await }).await?))
 }
 
 async fn import_image(State(api): State<Api>, Json(request): Json<ImportRequest>) -> Response {
@@ -142,7 +150,8 @@ async fn launch(
     Json(request): Json<LaunchRequest>,
 ) -> Result<Response, Failure> {
     let dry_run = request.dry_run;
-    let instances = api.control.launch(request).await?;
+    let control = Arc::clone(&api.control);
+    let instances = to_its_end(async move { control.launch(request).await }).await?;
     let wait = if dry_run { Wait::None } else { query.wait };
     Ok(follow(api.control, instances, wait))
 }
@@ -156,7 +165,8 @@ async fn start_instance(
     Path(instance): Path<String>,
     Query(query): Query<WaitQuery>,
 ) -> Result<Response, Failure> {
-    let instance = api.control.start(&instance).await?;
+    let control = Arc::clone(&api.control);
+    let instance = to_its_end(async move { control.start(&instance).await }).await?;
     Ok(follow(api.control, vec![instance], query.wait))
 }
 
@@ -230,7 +240,7 @@ async fn stop_instance(
     Query(query): Query<StopQuery>,
 ) -> Answer<InstanceView> {
     let grace = query.grace_s.map_or(DEFAULT_GRACE, Duration::from_secs);
-    Ok(Json(api.control.stop(&instance, grace, query.force).await?))
+    Ok(Json(to_its_end(async move { api.control.stop(&instance, grace, query.force).await }).await?))
 }
 
 #[derive(Deserialize)]
@@ -244,7 +254,7 @@ async fn remove_instance(
     Path(instance): Path<String>,
     Query(query): Query<ForceQuery>,
 ) -> Answer<InstanceView> {
-    Ok(Json(api.control.remove_instance(&instance, query.force).await?))
+    Ok(Json(to_its_end(async move { api.control.remove_instance(&instance, query.force).await }).await?))
 }
 
 async fn store_usage(State(api): State<Api>) -> Answer<serde_json::Value> {

@@ -32,7 +32,9 @@ pub struct Control {
     pub(crate) image_changes: tokio::sync::Mutex<()>,
     /// Held for a moment while an instance comes to refer to an image, and while it is decided that
     /// nothing refers to one: otherwise a launch could get an image that is being removed.
-    pub(crate) image_uses: tokio::sync::Mutex<()>,
+    pub(crate) image_uses: Arc<tokio::sync::Mutex<()>>,
+    /// One for each instance, held while it is created, started or removed.
+    instance_locks: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 /// What this host offers to instances.
@@ -75,7 +77,8 @@ impl Control {
             program,
             running: Mutex::default(),
             image_changes: tokio::sync::Mutex::default(),
-            image_uses: tokio::sync::Mutex::default(),
+            image_uses: Arc::default(),
+            instance_locks: Mutex::default(),
         });
         control.find_running().await?;
         Ok(control)
@@ -93,6 +96,17 @@ impl Control {
     /// `Failed` when it cannot be read.
     pub fn store_usage(&self) -> Result<StoreUsage, ControlError> {
         self.store.usage().map_err(|e| ControlError::with_source(ErrorCode::Failed, "cannot read the store", &e))
+    }
+
+    /// Waits until nobody else creates, starts or removes this instance.
+    pub(crate) async fn lock_instance(&self, id: &InstanceId) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.instance_locks.lock().unwrap_or_else(PoisonError::into_inner);
+            // Locks nobody holds or waits for are of no use any more.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(locks.entry(id.clone()).or_default())
+        };
+        lock.lock_owned().await
     }
 
     pub(crate) fn running(&self) -> MutexGuard<'_, HashMap<InstanceId, watch::Receiver<RunState>>> {

@@ -36,6 +36,12 @@ impl DataDir {
         let fail = |e| ControlError::io(format!("cannot create the data directory `{}`", root.display()), &e);
         make_private_directory(root).map_err(fail)?;
         let root = root.canonicalize().map_err(fail)?;
+        // Paths in it are written into command lines of ssh and QEMU.
+        if root.to_str().is_none_or(|text| text.contains('"') || text.chars().any(char::is_control)) {
+            let text =
+                format!("the data directory `{}` has a path with quotes or unprintable characters", root.display());
+            return Err(ControlError::new(ErrorCode::Invalid, text));
+        }
         let len = root.as_os_str().len();
         if len > MAX_PATH_BYTES {
             let text = format!(

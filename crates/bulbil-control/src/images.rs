@@ -211,7 +211,7 @@ impl Control {
     ///
     /// The caller holds the lock on changes of images, so no import is between store and catalog.
     async fn drop_unused_content(&self) -> Result<(), ControlError> {
-        let no_new_use = self.image_uses.lock().await;
+        let no_new_use = Arc::clone(&self.image_uses).lock_owned().await;
         let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
         let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
         let used: HashSet<_> = images.chain(instances).collect();
@@ -220,10 +220,11 @@ impl Control {
             for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
                 store.remove_manifest(digest)?;
             }
+            // Without its manifest a content cannot be launched any more, so launches may go on.
+            drop(no_new_use);
             store.sweep()
         });
         let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
-        drop(no_new_use);
         freed.map(drop).map_err(|e| store_error("cannot free unused space", &e))
     }
 }

@@ -196,6 +196,7 @@ impl Control {
         user_data: Option<&[u8]>,
     ) -> Result<InstanceView, ControlError> {
         let fail = |e| ControlError::io(format!("cannot create instance {}", record.id), &e);
+        let _alone = self.lock_instance(&record.id).await;
         // The row first: it takes the name, and whatever follows can be found and removed.
         {
             let _image_stays = self.image_uses.lock().await;
@@ -234,13 +235,6 @@ impl Control {
         let directory = self.data.instance(&record.id);
         let fail = |e: std::io::Error| ControlError::io(format!("cannot start instance `{}`", record.name), &e);
         directory.create().map_err(fail)?;
-        // What the last run left must not be taken for this one's.
-        for stale in [directory.file("state.json"), directory.socket("shim")] {
-            match std::fs::remove_file(&stale) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
-                _ => {}
-            }
-        }
         let log = std::fs::File::options().create(true).append(true).open(directory.file("shim.log")).map_err(fail)?;
         let mut child = Command::new(&self.program)
             .arg(process::SHIM_COMMAND)
@@ -259,6 +253,10 @@ impl Control {
             stream = shim::connect(&socket, SHIM_START) => stream,
             _ = child.wait() => Err(std::io::Error::other("its supervising process ended")),
         };
+        if connected.is_err() {
+            // One that comes too late must not start a machine that nobody knows of.
+            drop(child.start_kill());
+        }
         // Reaped whenever it ends; it does not end with the daemon.
         tokio::spawn(async move {
             if let Err(error) = child.wait().await {
@@ -295,19 +293,19 @@ impl Control {
             let mut lines = BufReader::new(stream).lines();
             while let Ok(Some(line)) = lines.next_line().await {
                 let Ok(run) = serde_json::from_str::<RunState>(&line) else { continue };
+                // The end is told when the shim is gone: only then may the instance be started again.
+                if run.state == InstanceState::Stopped {
+                    continue;
+                }
                 sender.send_replace(run.clone());
                 // Written when the state changes, and when the boot is decided; phases are not kept.
                 let mark = (run.state, run.boot.is_some());
                 if saved.replace(mark) != Some(mark) {
                     self.save_run(id, &run).await;
                 }
-                if run.state == InstanceState::Stopped {
-                    break;
-                }
             }
         }
-        let last = sender.borrow().clone();
-        let ended = if last.state == InstanceState::Stopped { last } else { self.state_left_behind(id) };
+        let ended = self.state_left_behind(id);
         self.save_run(id, &ended).await;
         self.running().remove(id);
         sender.send_replace(ended);
@@ -339,7 +337,13 @@ impl Control {
                     self.follow(record.id, stream);
                 }
                 Err(_) => {
-                    let left = self.state_left_behind(&record.id);
+                    let left = match self.volumes.record(&record.volume_id) {
+                        Err(e) if e.kind() == VolumeErrorKind::NotFound => {
+                            let text = format!("its launch was interrupted; remove it: bulbil rm {}", record.name);
+                            RunState::stopped(text, now())
+                        }
+                        _ => self.state_left_behind(&record.id),
+                    };
                     self.catalog.save_run(&record.id, &left).await?;
                 }
             }
@@ -383,6 +387,8 @@ impl Control {
     /// `NotFound`; `InUse` when it is not stopped, or one of its ports is taken; `Failed`.
     pub async fn start(self: &Arc<Self>, wanted: &str) -> Result<InstanceView, ControlError> {
         let instance = self.instance(wanted).await?;
+        let _alone = self.lock_instance(&instance.record.id).await;
+        let instance = self.instance(instance.record.id.as_str()).await?;
         if instance.run.state != InstanceState::Stopped {
             let text = format!("instance `{wanted}` is {}, not stopped", instance.run.state);
             return Err(ControlError::new(ErrorCode::InUse, text));
@@ -403,6 +409,8 @@ impl Control {
     /// `NotFound`; `Timeout` when it does not end; `Failed`.
     pub async fn stop(&self, wanted: &str, grace: Duration, force: bool) -> Result<InstanceView, ControlError> {
         let instance = self.instance(wanted).await?;
+        // One that is just being started can be asked a moment later.
+        drop(self.lock_instance(&instance.record.id).await);
         let Some(mut receiver) = self.watch(&instance.record.id) else { return Ok(instance) };
         let grace = if force { Duration::ZERO } else { grace };
         let socket = self.data.instance(&instance.record.id).socket("shim");
@@ -410,7 +418,7 @@ impl Control {
         if let Err(error) = shim::send(&socket, &request).await {
             tracing::warn!(instance = %instance.record.id, %error, "cannot reach the shim");
         }
-        let limit = grace + Duration::from_secs(30);
+        let limit = grace.saturating_add(Duration::from_secs(30));
         // The sender is gone only after the last state was sent and saved, so both ways out are fine.
         let stopped = async { drop(receiver.wait_for(|run| run.state == InstanceState::Stopped).await) };
         match tokio::time::timeout(limit, stopped).await {
@@ -425,19 +433,26 @@ impl Control {
     /// `NotFound`; `InUse` when it runs and `force` is not set; `Failed`.
     pub async fn remove_instance(&self, wanted: &str, force: bool) -> Result<InstanceView, ControlError> {
         let mut instance = self.instance(wanted).await?;
-        if instance.run.state != InstanceState::Stopped && self.watch(&instance.record.id).is_some() {
-            if !force {
-                let text = format!("instance `{wanted}` is {}", instance.run.state);
-                return Err(ControlError::new(ErrorCode::InUse, text));
-            }
+        if force && self.watch(&instance.record.id).is_some() {
             instance = self.stop(wanted, Duration::ZERO, true).await?;
+        }
+        let _alone = self.lock_instance(&instance.record.id).await;
+        instance.run = self.instance(instance.record.id.as_str()).await?.run;
+        if instance.run.state != InstanceState::Stopped && self.watch(&instance.record.id).is_some() {
+            let text = format!("instance `{wanted}` is {}", instance.run.state);
+            return Err(ControlError::new(ErrorCode::InUse, text));
         }
         let id = &instance.record.id;
         let failed = |e: &(dyn std::error::Error + 'static)| {
             ControlError::with_source(ErrorCode::Failed, format!("cannot remove instance `{wanted}`"), e)
         };
-        self.volumes.remove(&instance.record.volume_id).map_err(|e| failed(&e))?;
-        self.data.instance(id).remove().map_err(|e| failed(&e))?;
+        let (volumes, volume_id, directory) =
+            (self.volumes.clone(), instance.record.volume_id.clone(), self.data.instance(id));
+        // A large overlay takes a while.
+        let removed = tokio::task::spawn_blocking(move || (volumes.remove(&volume_id), directory.remove())).await;
+        let (volume, files) = removed.map_err(|e| failed(&e))?;
+        volume.map_err(|e| failed(&e))?;
+        files.map_err(|e| failed(&e))?;
         self.catalog.remove_instance(id).await?;
         tracing::info!(instance = %id, name = %instance.record.name, "instance removed");
         Ok(instance)

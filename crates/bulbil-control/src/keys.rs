@@ -50,6 +50,8 @@ pub(crate) fn own_private_key(data: &DataDir) -> PathBuf {
 /// # Errors
 /// `MissingProgram` without `ssh-keygen`.
 pub(crate) fn own_public_key(data: &DataDir) -> Result<String, ControlError> {
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _first = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let private = own_private_key(data);
     let public = private.with_extension("pub");
     if !public.exists() {
@@ -66,7 +68,7 @@ fn generate(private: &Path) -> Result<(), ControlError> {
     let fail = |e: std::io::Error| ControlError::io("cannot make bulbil's own ssh key", &e);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(fail)?;
     // Under another name first, so that an interrupted run leaves nothing that looks finished.
-    let temporary = directory.join(format!("new-{}", std::process::id()));
+    let temporary = directory.join(format!("new-{}", bulbil_types::VolumeId::random()));
     let made = Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "bulbil", "-f"])
         .arg(&temporary)

@@ -32,6 +32,7 @@ mod keys;
 mod model;
 pub mod shim;
 
+pub use bulbil_vm::console::plain_text;
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
 pub use control::{Control, HostCheck, HostReport, probe_kvm};
 pub use data_dir::DataDir;

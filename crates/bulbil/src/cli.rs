@@ -116,7 +116,7 @@ pub(crate) enum Command {
         #[arg(short, long)]
         force: bool,
         /// Switch it off when the guest has not ended after this many seconds
-        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=86400))]
         timeout: u64,
     },
     /// Start a stopped instance

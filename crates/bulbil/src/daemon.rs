@@ -19,6 +19,9 @@ use crate::error::{CliError, CliResult};
 /// How long a daemon may take to answer after it was started.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long a daemon that is there may take to say so.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
 /// Where everything lies when the user does not say.
 pub(crate) fn default_data_dir() -> CliResult<PathBuf> {
     let from = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -67,10 +70,12 @@ pub(crate) async fn connect(data: &DataDir) -> CliResult<Client> {
 /// Whether a daemon answers. One that is just being killed may still accept and then break off;
 /// that counts as none.
 async fn is_there(client: &Client) -> CliResult<bool> {
-    match client.health().await {
-        Ok(_) => Ok(true),
-        Err(ClientError::NoDaemon(_) | ClientError::Connection(_)) => Ok(false),
-        Err(error) => Err(error.into()),
+    match tokio::time::timeout(ANSWER_LIMIT, client.health()).await {
+        Ok(Ok(_)) => Ok(true),
+        Ok(Err(ClientError::NoDaemon(_) | ClientError::Connection(_))) => Ok(false),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(CliError::new("the daemon does not answer")
+            .hint("see its process in run/daemon.pid and its log in run/daemon.log of the data directory")),
     }
 }
 

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use bulbil_types::InstanceId;
 use bulbil_vm::boot::{BootInput, CloudInitPresence, Expectations};
-use bulbil_vm::{BootProgress, CloudInitReport, QemuProcess, Qmp, QmpSeen, exit_reason};
+use bulbil_vm::{BootPhase, BootProgress, CloudInitReport, QemuProcess, Qmp, QmpSeen, exit_reason};
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use super::machine::{self, ServedDisk};
@@ -36,6 +38,24 @@ const LOGIN_LIMIT: Duration = Duration::from_secs(60);
 /// The power button is pressed again this often: a guest that is still booting misses the first.
 const BUTTON_AGAIN: Duration = Duration::from_secs(5);
 
+/// How long the shim of an earlier run may take to end.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a guest may take to power off when the shim itself is told to end.
+const TERMINATE_GRACE: Duration = Duration::from_secs(60);
+
+/// How long QEMU may take to answer `quit`, and then to be gone, before it is killed.
+const QUIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a pressed power button may take to be acknowledged by QEMU.
+const BUTTON_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a guest whose console tells nothing is given before users are guessed.
+const GUESS_AFTER: Duration = Duration::from_secs(5);
+
+/// How long to leave a server alone that has refused every user: it may count failed logins.
+const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+
 /// The longest line a client of the shim may send.
 const MAX_REQUEST_BYTES: u64 = 4096;
 
@@ -50,6 +70,8 @@ pub fn run_shim(data_root: &Path, id: &InstanceId, program: PathBuf) -> Result<(
     raise_file_limit();
     let data = DataDir::open(data_root)?;
     let directory = data.instance(id);
+    // First of all, so that the sockets and the state of another shim are left alone.
+    let _lock = lock_instance(&directory)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -61,6 +83,31 @@ pub fn run_shim(data_root: &Path, id: &InstanceId, program: PathBuf) -> Result<(
         save_state(&directory, &state);
     }
     ended
+}
+
+/// Takes the instance for this shim; one that is about to end is waited for.
+fn lock_instance(directory: &InstanceDir) -> Result<std::fs::File, ControlError> {
+    let path = directory.file("shim.lock");
+    let fail = |e: io::Error| ControlError::io(format!("cannot lock `{}`", path.display()), &e);
+    let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path).map_err(fail)?;
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(ControlError::new(ErrorCode::InUse, "another process supervises this instance"));
+            }
+            Err(errno) => return Err(fail(errno.into())),
+        }
+    }
+    // What the last run left must not be taken for this one's.
+    match std::fs::remove_file(directory.file("state.json")) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(fail(e)),
+        _ => Ok(file),
+    }
 }
 
 /// Each pack of an image is a file of the base cache.
@@ -242,7 +289,8 @@ struct Watcher<'a> {
 /// A stop that was asked for.
 struct Stopping {
     switch_off_at: tokio::time::Instant,
-    switched_off: bool,
+    /// When it is killed, once it was switched off.
+    kill_at: Option<tokio::time::Instant>,
     press_again_at: tokio::time::Instant,
 }
 
@@ -267,6 +315,13 @@ impl Watcher<'_> {
         let looking = tokio::spawn(look_into_guest(self.target.clone(), self.states.subscribe(), found_sender));
         let mut tick = tokio::time::interval(CONSOLE_TICK);
         let mut stopping: Option<Stopping> = None;
+        let mut terminate = match signal(SignalKind::terminate()) {
+            Ok(terminate) => terminate,
+            Err(error) => {
+                process.kill();
+                return format!("its supervising process cannot wait for signals: {error}");
+            }
+        };
         let boot_limit = tokio::time::sleep(BOOT_LIMIT);
         tokio::pin!(boot_limit);
         let ended = loop {
@@ -282,7 +337,14 @@ impl Watcher<'_> {
                 Some(request) = self.requests.recv() => if let ShimRequest::Stop { grace_ms } = request {
                     let now = tokio::time::Instant::now();
                     let switch_off_at = now + Duration::from_millis(grace_ms);
-                    stopping = Some(Stopping { switch_off_at, switched_off: false, press_again_at: now });
+                    stopping = Some(Stopping { switch_off_at, kill_at: None, press_again_at: now });
+                    self.set_state(InstanceState::Stopping);
+                },
+                _ = terminate.recv() => {
+                    let now = tokio::time::Instant::now();
+                    // A second signal means at once.
+                    let grace = if stopping.is_some() { Duration::ZERO } else { TERMINATE_GRACE };
+                    stopping = Some(Stopping { switch_off_at: now + grace, kill_at: None, press_again_at: now });
                     self.set_state(InstanceState::Stopping);
                 },
                 Some(found) = found.recv() => self.take_found(found),
@@ -300,7 +362,7 @@ impl Watcher<'_> {
             self.apply(BootInput::ProcessExited(reason.clone()));
         }
         match stopping {
-            Some(Stopping { switched_off: true, .. }) => "switched off".to_owned(),
+            Some(Stopping { kill_at: Some(_), .. }) => "switched off".to_owned(),
             Some(_) => "stopped by the user".to_owned(),
             None => reason.to_string(),
         }
@@ -401,37 +463,47 @@ impl Watcher<'_> {
 /// Goes on with a stop: the button again, or the switch.
 async fn press_on(stopping: &mut Stopping, qmp: &Qmp, process: &QemuProcess) {
     let now = tokio::time::Instant::now();
-    if stopping.switched_off {
-        return;
-    }
-    if now >= stopping.switch_off_at {
-        stopping.switched_off = true;
-        if let Err(error) = qmp.quit().await {
-            tracing::warn!(%error, "the machine does not quit; it is killed");
-            process.kill();
+    match stopping.kill_at {
+        Some(kill_at) if now >= kill_at => process.kill(),
+        Some(_) => {}
+        None if now >= stopping.switch_off_at => {
+            stopping.kill_at = Some(now + 2 * QUIT_LIMIT);
+            if let Err(error) = qmp.execute_within("quit", Value::Null, QUIT_LIMIT).await {
+                tracing::warn!(%error, "the machine does not quit; it is killed");
+                process.kill();
+            }
         }
-    } else if now >= stopping.press_again_at {
-        stopping.press_again_at = now + BUTTON_AGAIN;
-        if let Err(error) = qmp.system_powerdown().await {
-            tracing::warn!(%error, "cannot press the power button");
+        None if now >= stopping.press_again_at => {
+            stopping.press_again_at = now + BUTTON_AGAIN;
+            if let Err(error) = qmp.execute_within("system_powerdown", Value::Null, BUTTON_LIMIT).await {
+                tracing::warn!(%error, "cannot press the power button");
+            }
         }
+        None => {}
     }
 }
 
 /// Waits for SSH and then asks the guest how cloud-init is doing, until it is through.
 async fn look_into_guest(target: SshTarget, states: watch::Receiver<RunState>, found: mpsc::Sender<Found>) {
     let banner = ssh::wait_for_banner(target.port).await;
+    let banner_at = Instant::now();
     if found.send(Found::Banner(banner)).await.is_err() {
         return;
     }
     let mut refused_since = None;
     loop {
-        let (user, finished) = {
+        let (user, finished, prompt) = {
             let state = states.borrow();
             let user = state.ssh.as_ref().and_then(|ssh| ssh.user.clone());
-            let finished = state.phases.iter().any(|p| p.phase == bulbil_vm::BootPhase::CloudInitFinished);
-            (user, finished)
+            let reached = |phase| state.phases.iter().any(|reached| reached.phase == phase);
+            (user, reached(BootPhase::CloudInitFinished), reached(BootPhase::LoginPrompt))
         };
+        // Before the keys are set every user would be refused, and newer servers punish that.
+        let early = user.is_none() && !finished && !prompt && banner_at.elapsed() < GUESS_AFTER;
+        if early {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            continue;
+        }
         let look = ssh::look(&target, user.as_deref()).await;
         let last = match &look {
             Look::Report { report, .. } => report.done,
@@ -446,10 +518,11 @@ async fn look_into_guest(target: SshTarget, states: watch::Receiver<RunState>, f
                 finished && since.elapsed() > LOGIN_LIMIT
             }
         };
+        let pause = if matches!(look, Look::Refused) { REFUSED_PAUSE } else { Duration::from_secs(1) };
         let telling = last || matches!(look, Look::Report { .. } | Look::NoCloudInit { .. });
         if telling && found.send(Found::Look(look)).await.is_err() || last {
             return;
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(pause).await;
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
+use bulbil_vm::console::plain_text;
 use bulbil_vm::{CloudInitReport, parse_cloud_init_status};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::net::TcpStream;
@@ -18,6 +19,9 @@ const SSH_FAILED: i32 = 255;
 
 const BANNER_LIMIT: Duration = Duration::from_secs(10);
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// Twice what cloud-init's two files may have; a guest that says more is cut off.
+const MAX_OUTPUT_BYTES: u64 = 4 << 20;
+
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// Prints both of cloud-init's files, or only the separator where there is none.
@@ -47,7 +51,8 @@ async fn read_banner(port: u16) -> Option<String> {
     let mut line = String::new();
     // A banner is at most 255 bytes, RFC 4253 section 4.2.
     BufReader::new(stream.take(1024)).read_line(&mut line).await.ok()?;
-    line.starts_with("SSH-").then(|| line.trim_end().to_owned())
+    // The guest chose these bytes, and people will see them.
+    line.starts_with("SSH-").then(|| plain_text(line.trim_end()))
 }
 
 /// What one look into the guest gave.
@@ -95,25 +100,41 @@ pub(super) async fn look(target: &SshTarget, known_user: Option<&str>) -> Look {
     Look::Refused
 }
 
+/// Runs a command in the guest; `None` when it takes too long or says more than it may.
 async fn run(target: &SshTarget, user: &str, command: &str) -> Option<Output> {
-    let child = Command::new("ssh")
+    let mut child = Command::new("ssh")
         .args(options(target.port, &target.identity.to_string_lossy(), &target.known_hosts.to_string_lossy()))
         .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=60"])
         .arg(format!("{user}@127.0.0.1"))
         .arg(command)
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .kill_on_drop(true)
-        .output();
-    tokio::time::timeout(COMMAND_LIMIT, child).await.ok()?.ok()
+        .spawn()
+        .ok()?;
+    let mut stdout = child.stdout.take()?.take(MAX_OUTPUT_BYTES + 1);
+    let mut stderr = child.stderr.take()?.take(MAX_OUTPUT_BYTES + 1);
+    let all = async {
+        let (mut said, mut complained) = (Vec::new(), Vec::new());
+        tokio::try_join!(stdout.read_to_end(&mut said), stderr.read_to_end(&mut complained)).ok()?;
+        if said.len().max(complained.len()) as u64 > MAX_OUTPUT_BYTES {
+            return None;
+        }
+        Some(Output { status: child.wait().await.ok()?, stdout: said, stderr: complained })
+    };
+    tokio::time::timeout(COMMAND_LIMIT, all).await.ok()?
 }
 
 /// The options that make ssh use bulbil's key and the instance's own list of host keys, and
 /// nothing of the user's configuration.
 pub(super) fn options(port: u16, identity: &str, known_hosts: &str) -> Vec<String> {
+    // ssh splits values at spaces and expands `%`.
+    let path = |text: &str| format!("\"{}\"", text.replace('%', "%%"));
     let settings = [
-        format!("IdentityFile={identity}"),
+        format!("IdentityFile={}", path(identity)),
         "IdentitiesOnly=yes".to_owned(),
-        format!("UserKnownHostsFile={known_hosts}"),
+        format!("UserKnownHostsFile={}", path(known_hosts)),
         "GlobalKnownHostsFile=/dev/null".to_owned(),
         "StrictHostKeyChecking=accept-new".to_owned(),
         "LogLevel=ERROR".to_owned(),

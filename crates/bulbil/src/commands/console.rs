@@ -1,7 +1,7 @@
 //! `bulbil logs` and `bulbil console`: the serial port.
 
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{self, IsTerminal as _, Read as _, Seek as _, SeekFrom};
 use std::time::Duration;
 
 use bulbil_control::InstanceState;
@@ -15,6 +15,9 @@ use crate::terminal::RawTerminal;
 /// How often the log is looked at while it is followed.
 const FOLLOW_TICK: Duration = Duration::from_millis(200);
 
+/// How much of a log is read at a time, and looked at for its last lines.
+const TAIL_BYTES: u64 = 1 << 20;
+
 /// Ctrl-], as in telnet and virsh.
 const ESCAPE: u8 = 0x1d;
 
@@ -22,34 +25,50 @@ pub(crate) async fn logs(context: &Context<'_>, name: &str, follow: bool, lines:
     let instance = context.client.instance(name).await.map_err(|e| instance::with_hints(e.into(), name))?;
     let path = context.data.instance(&instance.record.id).file("serial.log");
     let fail = |e: &io::Error| CliError::io(format!("cannot read `{}`", path.display()), e);
-    let mut offset = 0;
+    let mut offset = match lines {
+        Some(_) => std::fs::metadata(&path).map_or(0, |metadata| metadata.len().saturating_sub(TAIL_BYTES)),
+        None => 0,
+    };
+    // Escape sequences of a guest are nothing for a person's terminal.
+    let plain = std::io::stdout().is_terminal();
     let mut first = true;
     loop {
         let mut bytes = Vec::new();
         match File::open(&path) {
             Ok(mut file) => {
                 file.seek(SeekFrom::Start(offset)).map_err(|e| fail(&e))?;
-                file.read_to_end(&mut bytes).map_err(|e| fail(&e))?;
+                file.take(TAIL_BYTES).read_to_end(&mut bytes).map_err(|e| fail(&e))?;
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(fail(&e)),
         }
         offset += bytes.len() as u64;
         let shown = if first { last_lines(&bytes, lines) } else { &bytes };
-        context.printer.raw(shown)?;
+        if plain {
+            let text = String::from_utf8_lossy(shown);
+            let text: String = text.split_inclusive('\n').map(plain_line).collect();
+            context.printer.raw(text.as_bytes())?;
+        } else {
+            context.printer.raw(shown)?;
+        }
         first = false;
+        if !bytes.is_empty() {
+            continue;
+        }
         if !follow {
             return Ok(());
         }
-        let ended = bytes.is_empty() && {
-            let now = context.client.instance(instance.record.id.as_str()).await;
-            now.is_ok_and(|instance| instance.run.state == InstanceState::Stopped)
-        };
-        if ended {
+        let now = context.client.instance(instance.record.id.as_str()).await;
+        if now.is_ok_and(|instance| instance.run.state == InstanceState::Stopped) {
             return Ok(());
         }
         tokio::time::sleep(FOLLOW_TICK).await;
     }
+}
+
+fn plain_line(line: &str) -> String {
+    let end = if line.ends_with('\n') { "\n" } else { "" };
+    bulbil_control::plain_text(line.trim_end_matches(['\r', '\n'])) + end
 }
 
 fn last_lines(bytes: &[u8], lines: Option<usize>) -> &[u8] {
@@ -75,6 +94,7 @@ pub(crate) async fn attach(context: &Context<'_>, name: &str) -> CliResult<()> {
     }
     let socket = context.data.instance(&instance.record.id).socket("console");
     let fail = |e: &io::Error| CliError::io(format!("cannot attach to the console of `{name}`"), e);
+    let _alone = lock_console(context, &instance)?;
     let mut stream = UnixStream::connect(&socket).await.map_err(|e| fail(&e))?;
     context.printer.note(&format!("console of {name}; leave it with Ctrl-]"));
     let terminal = RawTerminal::enter().map_err(|e| fail(&e))?;
@@ -101,6 +121,22 @@ pub(crate) async fn attach(context: &Context<'_>, name: &str) -> CliResult<()> {
     drop(terminal);
     context.printer.note("");
     Ok(())
+}
+
+/// QEMU serves one at a time, and lets a second one wait without a word.
+fn lock_console(context: &Context<'_>, instance: &bulbil_control::InstanceView) -> CliResult<File> {
+    let path = context.data.instance(&instance.record.id).file("console.lock");
+    let fail = |e: &io::Error| CliError::io(format!("cannot lock `{}`", path.display()), e);
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(|e| fail(&e))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let name = &instance.record.name;
+            Err(CliError::new(format!("the console of `{name}` is in use by another bulbil"))
+                .hint(format!("read along: bulbil logs {name} --follow")))
+        }
+        Err(errno) => Err(fail(&errno.into())),
+    }
 }
 
 #[cfg(test)]
