@@ -18,9 +18,6 @@ const LARGE_DATA_BYTES: u64 = 1200 << 20;
 /// Where the large disk's files come from: programs, libraries and texts, as on any real disk.
 const LARGE_SOURCE: &str = "/usr";
 
-/// Size of the disk that is as small inside as the Debian disk, and large outside.
-pub(crate) const HUGE_BYTES: u64 = 1 << 40;
-
 /// The Debian guest's disk.
 pub(crate) struct Debian {
     pub(crate) raw: PathBuf,
@@ -85,11 +82,11 @@ fn copy_files(from: &Path, to: &Path, limit_bytes: u64) -> Result<u64> {
     Ok(copied)
 }
 
-/// A copy of a disk with [`HUGE_BYTES`], most of them a hole.
-pub(crate) fn huge(disk: &Path, target: &Path) -> Result<()> {
+/// A copy of a disk, cut or filled up with a hole to `size_bytes`.
+pub(crate) fn resized(disk: &Path, target: &Path, size_bytes: u64) -> Result<()> {
     Cmd::new("cp").args(["--sparse=always"]).args([disk, target]).run()?;
     let file = File::options().write(true).open(target).with_context(|| format!("cannot open {}", target.display()))?;
-    file.set_len(HUGE_BYTES).with_context(|| format!("cannot make {} larger", target.display()))
+    file.set_len(size_bytes).with_context(|| format!("cannot change the size of {}", target.display()))
 }
 
 /// Reads a file once, so that whoever reads it first afterwards has no disadvantage.

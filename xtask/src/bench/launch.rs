@@ -67,7 +67,7 @@ struct Scene<'a> {
     data: DataDir<'a>,
     /// Nearly all data: what is served.
     dense: Image,
-    /// The same content at two sizes: what is cloned.
+    /// The Debian disk at two sizes: what is cloned.
     small: Image,
     huge: Image,
     /// The dense disk as compressed qcow2.
@@ -79,8 +79,9 @@ impl<'a> Scene<'a> {
     fn set(bed: &'a Bed) -> Result<Self> {
         let debian = disks::debian()?;
         let large = disks::large()?;
-        let huge_disk = bed.work.join("huge.raw");
-        disks::huge(&debian.raw, &huge_disk)?;
+        let (small_disk, huge_disk) = (bed.work.join("small.raw"), bed.work.join("huge.raw"));
+        disks::resized(&debian.raw, &small_disk, 1 << 30)?;
+        disks::resized(&debian.raw, &huge_disk, 1 << 40)?;
         let dense_zstd = bed.work.join("dense-zstd.qcow2");
         timed(&mut convert_command(&large, &dense_zstd))?;
         let data = DataDir::fresh(bed, "data")?;
@@ -91,7 +92,7 @@ impl<'a> Scene<'a> {
             Ok(Image { disk, digest, size_bytes, label })
         };
         let dense = import(large, "dense", "dense")?;
-        let small = import(debian.raw, "small", "2 GiB")?;
+        let small = import(small_disk, "small", "1 GiB")?;
         let huge = import(huge_disk, "huge", "1 TiB")?;
         drop(daemon);
         disks::warm_up(&dense.disk)?;
