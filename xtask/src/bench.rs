@@ -87,7 +87,7 @@ impl Bench {
                  space; then a rebuilt disk and the same disk in another format"
             }
             Self::Launch => {
-                "clone at 2 GiB and 1 TiB, start of a server to its first read, warm and cold reads, durable writes \
+                "clone at 1 GiB and 1 TiB, start of a server to its first read, warm and cold reads, durable writes \
                  and the growth of an overlay, beside qemu-img, qemu-nbd and nbdkit"
             }
         }
