@@ -2,7 +2,7 @@
 //!
 //! It serves the instance's disk, is the other end of its Ethernet cable, answers its metadata
 //! requests, starts QEMU and watches it. Its only interface is a unix socket with one JSON document
-//! per line: [`ShimRequest`] in, [`RunState`] out. When it ends, QEMU is killed with it, and
+//! per line: `ShimRequest` in, `RunState` out. When it ends, QEMU is killed with it, and
 //! `state.json` says why, unless the shim itself was killed.
 
 mod machine;
