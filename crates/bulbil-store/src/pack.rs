@@ -186,7 +186,7 @@ fn footer_digest(id: PackId, footer: &[u8]) -> [u8; 32] {
     *blake3::Hasher::new().update(&id.0).update(footer).finalize().as_bytes()
 }
 
-/// Bytes from the end of a pack that surely hold its footer when it has at most this many frames of 32 blocks.
+/// How many bytes from the end to read first: they hold the footer of a usual pack, and say where a larger one begins.
 pub(crate) fn tail_guess_bytes(pack_bytes: u64) -> u64 {
     // A usual pack: 16 MiB at a ratio of 2 to 3 is 300 frames, 560 footer bytes each.
     pack_bytes.min(256 << 10)

@@ -173,7 +173,7 @@ impl CacheFile {
             // The store still has it.
             Err(error) => {
                 tracing::warn!(pack = %pack.id, frame, %error, "cannot read the base cache");
-                copy_part(&store.read_frame(pack, frame)?, offset, buf, pack)
+                read_uncached(store, pack, frame, offset, buf)
             }
         }
     }

@@ -137,8 +137,7 @@ pub(crate) async fn shell(
     command: &[String],
 ) -> CliResult<ExitCode> {
     let instance = find(context, name).await?;
-    let mut ssh = Command::new("ssh");
-    ssh.args(ssh::arguments(&instance, user)?).args(command.iter().map(|word| ssh::quote(word)));
+    let mut ssh = ssh_command(&instance, user, &[], command)?;
     // Takes this process's place, so that the terminal is ssh's alone.
     Err(ssh_missing(&ssh.exec()))
 }
@@ -153,11 +152,23 @@ pub(crate) async fn exec(
     if instance.run.state == InstanceState::Running && instance.run.boot.is_none() {
         context.printer.note(&format!("{name} is still booting"));
     }
-    let mut ssh = Command::new("ssh");
-    ssh.args(["-o", "BatchMode=yes"]).args(ssh::arguments(&instance, user)?);
-    let status = ssh.args(command.iter().map(|word| ssh::quote(word))).status().map_err(|e| ssh_missing(&e))?;
+    // In batch mode: nobody may be there to answer a question.
+    let mut ssh = ssh_command(&instance, user, &["-o", "BatchMode=yes"], command)?;
+    let status = ssh.status().map_err(|e| ssh_missing(&e))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     Ok(ExitCode::from(code))
+}
+
+/// `ssh` with its options, the destination and the command, whose words the guest's shell reads back.
+fn ssh_command(
+    instance: &InstanceView,
+    user: Option<&str>,
+    options: &[&str],
+    command: &[String],
+) -> CliResult<Command> {
+    let mut ssh = Command::new("ssh");
+    ssh.args(options).args(ssh::arguments(instance, user)?).args(command.iter().map(|word| ssh::quote(word)));
+    Ok(ssh)
 }
 
 fn ssh_missing(error: &std::io::Error) -> CliError {
