@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bulbil_format::{Disk, ExtentKind, FileReader, Format, FormatError, open_disk};
+use bulbil_format::{Disk, FileReader, Format, FormatError, OpenOptions, open_disk};
 use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreError, StoreErrorKind};
 use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
@@ -55,7 +55,7 @@ impl DiskSource for Source {
         let mut at = offset;
         while at < self.0.size_bytes() {
             let Some(extent) = self.0.next_extent(at)? else { return Ok(None) };
-            if extent.kind == ExtentKind::Data {
+            if extent.kind.has_content() {
                 return Ok(Some(extent.offset_bytes.max(offset)..extent.end_bytes()));
             }
             at = extent.end_bytes();
@@ -237,7 +237,7 @@ fn import_blocking(
 ) -> Result<Imported, ControlError> {
     let fail = |e: &FormatError| ControlError::with_source(ErrorCode::Invalid, cannot_import(path), e);
     let file = FileReader::open(path).map_err(|e| fail(&e))?;
-    let disk = open_disk(Arc::new(file), format).map_err(|e| fail(&e))?;
+    let disk = open_disk(Arc::new(file), &OpenOptions::declared(format)).map_err(|e| fail(&e))?;
     let format = disk.format();
     let boot_mode = boot_mode(&*disk).map_err(|e| fail(&e))?;
     let observer = Observer { progress, cancelled: Arc::default() };

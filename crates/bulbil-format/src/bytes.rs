@@ -38,3 +38,35 @@ pub(crate) fn be_u64(bytes: &[u8], at: usize) -> u64 {
 pub(crate) fn be_words(bytes: &[u8]) -> Box<[u64]> {
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
 }
+
+/// Reads a big-endian integer; zero past the end of `bytes`.
+pub(crate) fn be_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes(array_at(bytes, at))
+}
+
+/// Reads a little-endian integer; zero past the end of `bytes`.
+pub(crate) fn le_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(array_at(bytes, at))
+}
+
+/// Reads a little-endian integer; zero past the end of `bytes`.
+pub(crate) fn le_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+/// Reads a little-endian integer; zero past the end of `bytes`.
+pub(crate) fn le_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
+}
+
+/// Returns the `N` bytes at `at`, or zeros where `bytes` is too short.
+pub(crate) fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    array_at(bytes, at)
+}
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    // In steps, so that content is known for what it is at its first bytes and zeros are compared many at a time.
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}

@@ -8,9 +8,11 @@
 //! nothing       one                         that format's reader, or refused by name
 //! nothing       two or more                 ambiguous-format
 //! raw           a container (qcow2, ...)    format-mismatch: a container is never taken as raw
+//! raw           compressed                  format-mismatch: nor is what a container may be in
 //! raw           anything else               raw
-//! qcow2         qcow2 alone                 qcow2
-//! qcow2         anything else               ambiguous-format or format-mismatch
+//! another one   that one alone              that one
+//! another one   anything else               ambiguous-format or format-mismatch
+//! not raw       gzip, xz, zstd, tar         unpacked, and asked again; each kind once
 //! ```
 //!
 //! A signature only chooses the reader; the reader's own header parser decides whether the file really is one.
@@ -18,9 +20,10 @@
 use std::sync::Arc;
 
 use crate::bytes::to_usize;
-use crate::qcow2::Qcow2Disk;
+use crate::packed::Packing;
+use crate::qcow2::Qcow2Map;
 use crate::raw::RawDisk;
-use crate::{Disk, Format, FormatError, ReadAt};
+use crate::{Disk, Format, FormatError, OpenOptions, ReadAt, archive, packed, vdi, vhd, vhdx, vmdk};
 
 /// Enough of the beginning to see the signature that lies deepest, that of btrfs at 0x10040.
 const HEAD_BYTES: u64 = 0x10200;
@@ -32,6 +35,12 @@ const TAIL_BYTES: u64 = 512;
 enum Class {
     /// The disk is inside: as raw it would be the wrong disk, so it is refused even when declared raw.
     Container,
+    /// The same, of a format that is read.
+    Readable(Format),
+    /// A compressed file of any of them.
+    Packed(Packing),
+    /// An archive with one of them.
+    Archive,
     /// Encrypted as a whole; a guest might still want it as it is.
     Encrypted,
     /// Something else that may lie on a raw disk as it is, if the operator says so.
@@ -61,21 +70,27 @@ const fn content(name: &'static str, at: usize, magic: &'static [u8]) -> Signatu
     Signature { name, at: At::Start(at), magic, class: Class::Content }
 }
 
-const QCOW: &str = "qcow2";
+const fn readable(format: Format, name: &'static str, at: At, magic: &'static [u8]) -> Signature {
+    Signature { name, at, magic, class: Class::Readable(format) }
+}
+
+const fn packed(packing: Packing, name: &'static str, magic: &'static [u8]) -> Signature {
+    Signature { name, at: At::Start(0), magic, class: Class::Packed(packing) }
+}
 
 const SIGNATURES: &[Signature] = &[
-    container(QCOW, At::Start(0), b"QFI\xfb"),
+    readable(Format::Qcow2, "qcow2", At::Start(0), b"QFI\xfb"),
     container("QED", At::Start(0), b"QED\0"),
-    container("VHD", At::Start(0), b"conectix"),
-    container("VHD", At::End(512), b"conectix"),
+    readable(Format::Vhd, "VHD", At::Start(0), b"conectix"),
+    readable(Format::Vhd, "VHD", At::End(512), b"conectix"),
     // Virtual PC before 2004 wrote footers of 511 bytes.
-    container("VHD", At::End(511), b"conectix"),
-    container("VHDX", At::Start(0), b"vhdxfile"),
-    container("VMDK", At::Start(0), b"KDMV"),
+    readable(Format::Vhd, "VHD", At::End(511), b"conectix"),
+    readable(Format::Vhdx, "VHDX", At::Start(0), b"vhdxfile"),
+    readable(Format::Vmdk, "VMDK", At::Start(0), b"KDMV"),
     container("VMDK (COWD)", At::Start(0), b"COWD"),
     container("VMDK (seSparse)", At::Start(0), b"\xbe\xba\xfe\xca\0\0\0\0"),
-    container("VMDK (descriptor)", At::Start(0), b"# Disk DescriptorFile"),
-    container("VDI", At::Start(0x40), b"\x7f\x10\xda\xbe"),
+    readable(Format::Vmdk, "VMDK (descriptor)", At::Start(0), b"# Disk DescriptorFile"),
+    readable(Format::Vdi, "VDI", At::Start(0x40), b"\x7f\x10\xda\xbe"),
     container("Parallels", At::Start(0), b"WithoutFreeSpace"),
     container("Parallels", At::Start(0), b"WithouFreSpacExt"),
     container("Bochs", At::Start(0), b"Bochs Virtual HD Image"),
@@ -83,14 +98,14 @@ const SIGNATURES: &[Signature] = &[
     container("DMG", At::End(512), b"koly"),
     Signature { name: "LUKS", at: At::Start(0), magic: b"LUKS\xba\xbe", class: Class::Encrypted },
     content("ISO 9660", 0x8001, b"CD001"),
-    content("gzip archive", 0, b"\x1f\x8b\x08"),
-    content("xz archive", 0, b"\xfd7zXZ\0"),
-    content("Zstandard archive", 0, b"\x28\xb5\x2f\xfd"),
+    packed(Packing::Gzip, "gzip file", b"\x1f\x8b\x08"),
+    packed(Packing::Xz, "xz file", b"\xfd7zXZ\0"),
+    packed(Packing::Zstd, "Zstandard file", b"\x28\xb5\x2f\xfd"),
     content("bzip2 archive", 0, b"BZh"),
     content("lz4 archive", 0, b"\x04\x22\x4d\x18"),
     content("zip archive", 0, b"PK\x03\x04"),
     content("7z archive", 0, b"7z\xbc\xaf\x27\x1c"),
-    content("tar or OVA archive", 257, b"ustar"),
+    Signature { name: "tar or OVA archive", at: At::Start(257), magic: b"ustar", class: Class::Archive },
     content("ELF program", 0, b"\x7fELF"),
     content("script", 0, b"#!"),
 ];
@@ -112,54 +127,131 @@ const RAW_EVIDENCE: &[(usize, &[u8])] = &[
 
 /// Opens a disk image.
 ///
-/// With `declared` the caller says what the file is; without, the file must say so itself. A file that says nothing is
-/// raw only if it has a partition table, a boot sector or a known file system. The format is never guessed: a disk that
-/// a guest has written must be opened as declared [`Format::Raw`] or not through here at all.
+/// With [`OpenOptions::format`] the caller says what the file is; without, the file must say so itself. A file that
+/// says nothing is raw only if it has a partition table, a boot sector or a known file system. The format is never
+/// guessed: a disk that a guest has written must be opened as declared [`Format::Raw`] or not through here at all.
 ///
 /// Everything that needs no look at the content is checked before this returns: sizes, tables, the place of every
-/// cluster. No other file is ever opened. Memory follows the file: a few MiB for most, and on the worst input below
-/// about 700 MiB while opening and 100 MiB, plus a buffer for each thread, afterwards.
+/// cluster. No other file is ever opened but through [`OpenOptions::gate`]. A compressed file is unpacked into
+/// [`OpenOptions::scratch`] first. Memory follows the file: a few MiB for most, and on the worst input below about
+/// 700 MiB while opening and 100 MiB, plus a buffer for each thread, afterwards.
 ///
 /// # Errors
 /// [`FormatError`], by condition.
-pub fn open_disk(file: Arc<dyn ReadAt>, declared: Option<Format>) -> Result<Box<dyn Disk>, FormatError> {
-    if file.len_bytes() == 0 {
-        return Err(FormatError::VirtualSize { size_bytes: 0, reason: "is an empty file" });
+pub fn open_disk(file: Arc<dyn ReadAt>, options: &OpenOptions) -> Result<Box<dyn Disk>, FormatError> {
+    let file_bytes = file.len_bytes();
+    let disk = open_layers(file, options)?;
+    // Once for all formats; here the map of every one of them is known.
+    if let Some(data_bytes) = disk.info().data_bytes {
+        check_expansion("a disk", data_bytes, file_bytes)?;
     }
-    let probe = Probe::read(&*file)?;
-    match choose(&probe, declared)? {
-        Format::Raw => Ok(Box::new(RawDisk::open(file, declared.is_some())?)),
-        Format::Qcow2 => Ok(Box::new(Qcow2Disk::open(file)?)),
+    Ok(disk)
+}
+
+fn open_layers(mut file: Arc<dyn ReadAt>, options: &OpenOptions) -> Result<Box<dyn Disk>, FormatError> {
+    let (mut unpacked, mut in_archive) = (false, false);
+    loop {
+        if file.len_bytes() == 0 {
+            return Err(FormatError::VirtualSize { size_bytes: 0, reason: "is an empty file" });
+        }
+        let probe = Probe::read(&*file)?;
+        file = match choose(&probe, options.format)? {
+            Choice::Disk(format) => return open_as(format, file, options),
+            Choice::Packed(_, name) if unpacked => {
+                return Err(FormatError::UnsupportedFormat { name: format!("{name} in a compressed file") });
+            }
+            Choice::Archive if in_archive => {
+                return Err(FormatError::BadArchive { reason: "it is in another archive".to_owned() });
+            }
+            Choice::Packed(packing, name) => {
+                unpacked = true;
+                let scratch = options.scratch.as_deref().ok_or(FormatError::NoScratch { what: name })?;
+                packed::unpack(&*file, packing, scratch)?
+            }
+            Choice::Archive => {
+                in_archive = true;
+                archive::disk_in(file)?
+            }
+        }
     }
 }
 
-fn choose(probe: &Probe, declared: Option<Format>) -> Result<Format, FormatError> {
+fn open_as(format: Format, file: Arc<dyn ReadAt>, options: &OpenOptions) -> Result<Box<dyn Disk>, FormatError> {
+    if let (Some(name), true) = (&options.snapshot, format != Format::Qcow2) {
+        return Err(FormatError::NoSuchSnapshot { name: name.clone(), available: "none".to_owned() });
+    }
+    if options.parent.is_some() && matches!(format, Format::Raw | Format::Vdi) {
+        return Err(FormatError::ParentMismatch { reason: format!("a {format} image has no parent") });
+    }
+    match format {
+        Format::Raw => Ok(Box::new(RawDisk::open(file, options.format.is_some())?)),
+        Format::Qcow2 => Ok(Box::new(Qcow2Map::open(file, options)?)),
+        Format::Vhd => vhd::open(file, options),
+        Format::Vhdx => vhdx::open(file, options),
+        Format::Vmdk => vmdk::open(file, options),
+        Format::Vdi => vdi::open(file, options),
+    }
+}
+
+/// A file may expand to this many times its length: what deflate does with zeros.
+const MAX_EXPANSION: u64 = 1032;
+/// Any file may expand to this much.
+const FREE_EXPANSION_BYTES: u64 = 16 << 30;
+
+/// Refuses more data than a file of this length can hold for honest reasons, so that the work for a file is bounded by
+/// its length.
+pub(crate) fn check_expansion(what: &'static str, data_bytes: u64, file_bytes: u64) -> Result<(), FormatError> {
+    let limit_bytes = file_bytes.saturating_mul(MAX_EXPANSION).max(FREE_EXPANSION_BYTES);
+    if data_bytes <= limit_bytes {
+        return Ok(());
+    }
+    Err(FormatError::TooMuchData { what, data_bytes, file_bytes, limit_bytes })
+}
+
+/// What to do with a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Choice {
+    Disk(Format),
+    /// With the name to tell people.
+    Packed(Packing, &'static str),
+    Archive,
+}
+
+fn choose(probe: &Probe, declared: Option<Format>) -> Result<Choice, FormatError> {
     let found = probe.signatures();
-    match declared {
-        None => choose_undeclared(probe, &found),
-        Some(Format::Raw) => match found.iter().find(|signature| signature.class == Class::Container) {
-            Some(signature) => Err(FormatError::FormatMismatch { declared: Format::Raw, found: signature.name }),
-            None => Ok(Format::Raw),
-        },
-        Some(Format::Qcow2) => {
-            let names: Vec<_> = found.iter().map(|signature| signature.name).collect();
-            match names.as_slice() {
-                [QCOW] => Ok(Format::Qcow2),
-                [first, second, ..] if names.contains(&QCOW) => Err(FormatError::AmbiguousFormat { first, second }),
-                [found, ..] => Err(FormatError::FormatMismatch { declared: Format::Qcow2, found }),
-                [] => Err(FormatError::FormatMismatch { declared: Format::Qcow2, found: "no qcow2 header" }),
-            }
+    match (declared, found.as_slice()) {
+        (_, [Signature { class: Class::Packed(packing), name, .. }]) if declared != Some(Format::Raw) => {
+            Ok(Choice::Packed(*packing, name))
         }
+        (_, [Signature { class: Class::Archive, .. }]) if declared != Some(Format::Raw) => Ok(Choice::Archive),
+        (None, found) => choose_undeclared(probe, found).map(Choice::Disk),
+        (Some(Format::Raw), found) => match found.iter().find(|signature| !signature.may_be_raw()) {
+            Some(signature) => Err(FormatError::FormatMismatch { declared: Format::Raw, found: signature.name }),
+            None => Ok(Choice::Disk(Format::Raw)),
+        },
+        (Some(declared), [only]) if only.class == Class::Readable(declared) => Ok(Choice::Disk(declared)),
+        (Some(declared), [first, second, ..]) if found.iter().any(|s| s.class == Class::Readable(declared)) => {
+            Err(FormatError::AmbiguousFormat { first: first.name, second: second.name })
+        }
+        (Some(declared), [found, ..]) => Err(FormatError::FormatMismatch { declared, found: found.name }),
+        (Some(declared), []) => Err(FormatError::FormatMismatch { declared, found: "no header of it" }),
     }
 }
 
 fn choose_undeclared(probe: &Probe, found: &[Signature]) -> Result<Format, FormatError> {
     match found {
         [] => probe.check_plausible_raw().map(|()| Format::Raw),
-        [Signature { name: QCOW, .. }] => Ok(Format::Qcow2),
+        [Signature { class: Class::Readable(format), .. }] => Ok(*format),
         [Signature { class: Class::Encrypted, .. }] => Err(FormatError::Encrypted { what: "a LUKS container" }),
         [only] => Err(FormatError::UnsupportedFormat { name: only.name.to_owned() }),
         [first, second, ..] => Err(FormatError::AmbiguousFormat { first: first.name, second: second.name }),
+    }
+}
+
+impl Signature {
+    /// Whether the operator may say that a file with it is a raw disk.
+    fn may_be_raw(&self) -> bool {
+        matches!(self.class, Class::Content | Class::Encrypted | Class::Archive)
     }
 }
 

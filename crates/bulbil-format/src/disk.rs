@@ -6,7 +6,7 @@ use std::str::FromStr;
 use crate::FormatError;
 use crate::bytes::to_u64;
 
-/// An image format that can be read.
+/// An image format that can be read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {
@@ -14,11 +14,19 @@ pub enum Format {
     Raw,
     /// QEMU's qcow2, versions 2 and 3.
     Qcow2,
+    /// Microsoft's VHD: fixed, dynamic, differencing.
+    Vhd,
+    /// Microsoft's VHDX.
+    Vhdx,
+    /// VMware's VMDK.
+    Vmdk,
+    /// VirtualBox's VDI.
+    Vdi,
 }
 
 impl Format {
     /// Every format, in the order help texts list them.
-    pub const ALL: &'static [Self] = &[Self::Raw, Self::Qcow2];
+    pub const ALL: &'static [Self] = &[Self::Raw, Self::Qcow2, Self::Vhd, Self::Vhdx, Self::Vmdk, Self::Vdi];
 
     /// The word users type and read.
     #[must_use]
@@ -26,6 +34,10 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
         }
     }
 }
@@ -38,7 +50,7 @@ impl fmt::Display for Format {
 
 /// The word is not a format that can be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown image format `{word}`: use `raw` or `qcow2`")]
+#[error("unknown image format `{word}`: use raw, qcow2, vhd, vhdx, vmdk or vdi")]
 pub struct ParseFormatError {
     word: String,
 }
@@ -47,7 +59,9 @@ impl FromStr for Format {
     type Err = ParseFormatError;
 
     fn from_str(word: &str) -> Result<Self, Self::Err> {
-        let found = Self::ALL.iter().copied().find(|format| format.as_str() == word);
+        // `vpc` is what QEMU calls VHD.
+        let wanted = if word == "vpc" { "vhd" } else { word };
+        let found = Self::ALL.iter().copied().find(|format| format.as_str() == wanted);
         found.ok_or_else(|| ParseFormatError { word: word.to_owned() })
     }
 }
@@ -55,10 +69,20 @@ impl FromStr for Format {
 /// Whether a range of a disk has content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExtentKind {
-    /// Stored in the image; may be anything, zeros included.
+    /// Stored in the image as it is; may be anything, zeros included.
     Data,
+    /// Stored in the image and compressed; may be anything, zeros included.
+    Compressed,
     /// Reads as zeros without a look at the content.
     Zero,
+}
+
+impl ExtentKind {
+    /// Whether the range must be read to know what it holds.
+    #[must_use]
+    pub fn has_content(self) -> bool {
+        self != Self::Zero
+    }
 }
 
 /// A range of a disk of one kind.
@@ -80,13 +104,13 @@ impl Extent {
     }
 }
 
-/// How the compressed clusters of a qcow2 image are compressed.
+/// How compressed parts of an image are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Compression {
-    /// Raw deflate.
+    /// Deflate, with or without the header of zlib.
     Zlib,
-    /// One Zstandard frame for each cluster.
+    /// One Zstandard frame for each cluster; qcow2 only.
     Zstd,
 }
 
@@ -105,43 +129,68 @@ impl fmt::Display for Compression {
 pub struct DiskInfo {
     /// The format.
     pub format: Format,
+    /// The variant of the format as its users call it: `version 3`, `dynamic`, `streamOptimized`.
+    pub variant: Option<String>,
     /// The size of the disk.
     pub size_bytes: u64,
     /// The length of the image file.
     pub file_bytes: u64,
-    /// How much of the disk is [`ExtentKind::Data`]; `None` for a raw image, whose holes are not counted beforehand.
+    /// How much of the disk has content ([`ExtentKind::has_content`]); `None` where that is not counted beforehand.
     pub data_bytes: Option<u64>,
-    /// Details of a qcow2 image.
-    pub qcow2: Option<Qcow2Info>,
-}
-
-/// Details of a qcow2 image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Qcow2Info {
-    /// 2 (`compat=0.10`) or 3 (`compat=1.1`).
-    pub version: u32,
-    /// The cluster size.
-    pub cluster_bytes: u64,
+    /// The unit of allocation: cluster, block or grain.
+    pub cluster_bytes: Option<u64>,
     /// What compressed clusters, if there are any, are compressed with.
-    pub compression: Compression,
+    pub compression: Option<Compression>,
     /// How many clusters are compressed.
     pub compressed_clusters: u64,
-    /// Whether clusters are allocated in 32 parts each.
-    pub extended_l2: bool,
-    /// How many internal snapshots there are; only the current state of the disk is read.
-    pub snapshots: u32,
-    /// Whether the image was not closed cleanly; this concerns reference counts alone, which are not used.
-    pub dirty: bool,
+    /// The snapshots inside of the image.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// The identifier the image gives itself, by which a child names its parent.
+    pub identifier: Option<String>,
+    /// The program that made the image, if it says so.
+    pub creator: Option<String>,
+    /// What a person should know beside all this, one sentence each: that the image was not closed cleanly, for
+    /// example.
+    pub notes: Vec<String>,
 }
 
-/// A disk image that passed every check that needs no look at the content.
+impl DiskInfo {
+    /// An image of which nothing more is known.
+    pub(crate) fn new(format: Format, size_bytes: u64, file_bytes: u64) -> Self {
+        Self {
+            format,
+            variant: None,
+            size_bytes,
+            file_bytes,
+            data_bytes: None,
+            cluster_bytes: None,
+            compression: None,
+            compressed_clusters: 0,
+            snapshots: Vec::new(),
+            identifier: None,
+            creator: None,
+            notes: Vec::new(),
+        }
+    }
+}
+
+/// A snapshot inside of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// The identifier, unique in the image.
+    pub id: String,
+    /// The name somebody gave it.
+    pub name: String,
+    /// The size of the disk at that time.
+    pub size_bytes: u64,
+    /// When it was taken, in seconds since 1970.
+    pub created_unix_s: u64,
+}
+
+/// The content of a disk: positioned reads and a map of what must be read.
 ///
 /// All methods may be called from many threads at once.
-pub trait Disk: Send + Sync + fmt::Debug {
-    /// Returns the format.
-    fn format(&self) -> Format;
-
+pub trait DiskContent: Send + Sync + fmt::Debug {
     /// Returns the size of the disk in bytes: a multiple of 512, from 512 to [`bulbil_types::MAX_DISK_BYTES`].
     fn size_bytes(&self) -> u64;
 
@@ -160,23 +209,38 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`FormatError::Io`] if the file cannot be read.
     fn next_extent(&self, offset_bytes: u64) -> Result<Option<Extent>, FormatError>;
+}
+
+/// A disk image that passed every check that needs no look at the content.
+pub trait Disk: DiskContent {
+    /// Returns the format.
+    fn format(&self) -> Format;
 
     /// Returns what the image says about itself.
     fn info(&self) -> DiskInfo;
 }
 
-impl dyn Disk + '_ {
-    /// Iterates over the extents of kind [`ExtentKind::Data`] in order; after an error there are no more.
+impl dyn DiskContent + '_ {
+    /// Iterates over the extents that have content ([`ExtentKind::has_content`]) in order; after an error there are no
+    /// more.
     #[must_use]
     pub fn data_extents(&self) -> DataExtents<'_> {
         DataExtents { disk: self, next_bytes: Some(0) }
     }
 }
 
-/// The data extents of a disk, in order. Made by `data_extents` of a `dyn` [`Disk`].
+impl dyn Disk + '_ {
+    /// As `data_extents` of [`DiskContent`].
+    #[must_use]
+    pub fn data_extents(&self) -> DataExtents<'_> {
+        (self as &dyn DiskContent).data_extents()
+    }
+}
+
+/// The extents of a disk that have content, in order. Made by `data_extents` of a `dyn` [`DiskContent`].
 #[derive(Debug)]
 pub struct DataExtents<'a> {
-    disk: &'a (dyn Disk + 'a),
+    disk: &'a (dyn DiskContent + 'a),
     next_bytes: Option<u64>,
 }
 
@@ -190,7 +254,7 @@ impl Iterator for DataExtents<'_> {
                 Err(error) => return Some(Err(error)),
                 Ok(Some(extent)) => {
                     self.next_bytes = Some(extent.end_bytes());
-                    if extent.kind == ExtentKind::Data {
+                    if extent.kind.has_content() {
                         return Some(Ok(extent));
                     }
                 }
@@ -232,8 +296,9 @@ mod tests {
         for format in Format::ALL {
             assert_eq!(format.to_string().parse::<Format>().unwrap(), *format);
         }
-        let message = "vhd".parse::<Format>().unwrap_err().to_string();
-        assert_eq!(message, "unknown image format `vhd`: use `raw` or `qcow2`");
+        assert_eq!("vpc".parse::<Format>().unwrap(), Format::Vhd);
+        let message = "qed".parse::<Format>().unwrap_err().to_string();
+        assert_eq!(message, "unknown image format `qed`: use raw, qcow2, vhd, vhdx, vmdk or vdi");
     }
 
     #[test]

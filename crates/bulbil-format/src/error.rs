@@ -67,6 +67,72 @@ pub enum FormatError {
         /// The name in the header; empty if it has none.
         name: String,
     },
+    /// The image has only what differs from a parent, which is never opened unless the operator names it.
+    #[error("differencing: {format} with the parent {name:?}; name the parent explicitly")]
+    Differencing {
+        /// The format of the image.
+        format: Format,
+        /// The parent's name or identifier in the image; empty if it has none.
+        name: String,
+    },
+    /// The image the operator named is not the parent.
+    #[error("parent-mismatch: {reason}")]
+    ParentMismatch {
+        /// What does not fit.
+        reason: String,
+    },
+    /// The content is in another file, which is never opened unless the operator allows it.
+    #[error("external-extent: the content is in {name:?}; {reason}")]
+    ExternalExtent {
+        /// The name in the descriptor.
+        name: String,
+        /// Why it was not opened.
+        reason: &'static str,
+    },
+    /// The text that describes the image is not understood.
+    #[error("bad-descriptor: {reason}")]
+    BadDescriptor {
+        /// What is wrong, with the line.
+        reason: String,
+    },
+    /// A checksum of the image's own structures is wrong.
+    #[error("checksum: that of {what} is wrong")]
+    Checksum {
+        /// Of what.
+        what: String,
+    },
+    /// The archive does not hold exactly one disk image.
+    #[error("bad-archive: {reason}")]
+    BadArchive {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The image has no snapshot of this name.
+    #[error("no-such-snapshot: {name:?}; the image has {available}")]
+    NoSuchSnapshot {
+        /// What was asked for.
+        name: String,
+        /// Those there are, as a list for people; `none`.
+        available: String,
+    },
+    /// The file would expand to more than its size justifies.
+    #[error("too-much-data: {what} of {data_bytes} bytes from a file of {file_bytes} bytes; at most {limit_bytes}")]
+    TooMuchData {
+        /// What expands.
+        what: &'static str,
+        /// To how much, at least.
+        data_bytes: u64,
+        /// The length of the file.
+        file_bytes: u64,
+        /// The most that is accepted of a file of this length.
+        limit_bytes: u64,
+    },
+    /// A compressed file needs room to be unpacked, and none was given.
+    #[error("no-scratch: this is a {what}, and there is nowhere to unpack it; unpack it first")]
+    NoScratch {
+        /// What it is.
+        what: &'static str,
+    },
     /// The content is encrypted.
     #[error("encrypted: {what}")]
     Encrypted {
@@ -141,6 +207,15 @@ impl FormatError {
             Self::FormatMismatch { .. } => "format-mismatch",
             Self::HasBackingFile { .. } => "has-backing-file",
             Self::ExternalDataFile { .. } => "external-data-file",
+            Self::Differencing { .. } => "differencing",
+            Self::ParentMismatch { .. } => "parent-mismatch",
+            Self::ExternalExtent { .. } => "external-extent",
+            Self::BadDescriptor { .. } => "bad-descriptor",
+            Self::Checksum { .. } => "checksum",
+            Self::BadArchive { .. } => "bad-archive",
+            Self::NoSuchSnapshot { .. } => "no-such-snapshot",
+            Self::TooMuchData { .. } => "too-much-data",
+            Self::NoScratch { .. } => "no-scratch",
             Self::Encrypted { .. } => "encrypted",
             Self::UnsupportedFeature { .. } => "unsupported-feature",
             Self::MarkedCorrupt => "marked-corrupt",
@@ -156,7 +231,19 @@ impl FormatError {
         Self::Corrupt { what: what.into() }
     }
 
+    pub(crate) fn checksum(what: impl Into<String>) -> Self {
+        Self::Checksum { what: what.into() }
+    }
+
     pub(crate) fn read(offset_bytes: u64) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { operation: "read", offset_bytes, source }
     }
+}
+
+/// Refuses a file that ends before `end_bytes`.
+pub(crate) fn need(len_bytes: u64, end_bytes: u64, what: &'static str) -> Result<(), FormatError> {
+    if end_bytes <= len_bytes {
+        return Ok(());
+    }
+    Err(FormatError::Truncated { at_bytes: len_bytes, needed_bytes: end_bytes, what })
 }

@@ -6,10 +6,10 @@
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
-//! use bulbil_format::{FileReader, open_disk};
+//! use bulbil_format::{FileReader, OpenOptions, open_disk};
 //!
 //! let file = Arc::new(FileReader::open(Path::new("debian-13.qcow2"))?);
-//! let disk = open_disk(file, None)?;
+//! let disk = open_disk(file, &OpenOptions::default())?;
 //! let mut buf = vec![0; 1 << 20];
 //! for extent in disk.data_extents() {
 //!     let extent = extent?;
@@ -72,17 +72,33 @@
 #![warn(clippy::indexing_slicing)]
 #![cfg_attr(test, allow(clippy::indexing_slicing, reason = "a panic is how a test fails"))]
 
+mod archive;
 mod bytes;
 mod cache;
+mod claims;
+mod convert;
 mod detect;
 mod disk;
 mod error;
+mod mapped;
+mod open;
+mod packed;
 mod qcow2;
 mod raw;
 mod read_at;
 pub mod seed;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
+mod write_at;
 
+pub use convert::{BackingFile, ConvertError, ConvertObserver, Identity, NoObserver, Qcow2Options, Target, convert};
 pub use detect::open_disk;
-pub use disk::{Compression, DataExtents, Disk, DiskInfo, Extent, ExtentKind, Format, ParseFormatError, Qcow2Info};
+pub use disk::{
+    Compression, DataExtents, Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, ParseFormatError, SnapshotInfo,
+};
 pub use error::FormatError;
+pub use open::{DenyAll, OpenGate, OpenOptions};
 pub use read_at::{FileReader, ReadAt};
+pub use write_at::WriteAt;

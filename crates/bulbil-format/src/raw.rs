@@ -1,11 +1,13 @@
 //! Raw images: the file is the disk.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::bytes::{to_u64, to_usize};
+use crate::bytes::{is_zero, to_u64, to_usize};
+use crate::convert::Writer;
 use crate::disk::{SECTOR_BYTES, check_range, check_size};
-use crate::{Disk, DiskInfo, Extent, ExtentKind, Format, FormatError, ReadAt};
+use crate::{ConvertError, Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, FormatError, ReadAt, WriteAt};
 
 /// A raw image; holes of the file are zero extents.
 pub(crate) struct RawDisk {
@@ -31,11 +33,7 @@ impl fmt::Debug for RawDisk {
     }
 }
 
-impl Disk for RawDisk {
-    fn format(&self) -> Format {
-        Format::Raw
-    }
-
+impl DiskContent for RawDisk {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -62,14 +60,91 @@ impl Disk for RawDisk {
         };
         Ok(Some(Extent { offset_bytes, len_bytes: end_bytes.saturating_sub(offset_bytes), kind }))
     }
+}
+
+impl Disk for RawDisk {
+    fn format(&self) -> Format {
+        Format::Raw
+    }
 
     fn info(&self) -> DiskInfo {
-        DiskInfo {
-            format: Format::Raw,
-            size_bytes: self.size_bytes,
-            file_bytes: self.file.len_bytes(),
-            data_bytes: None,
-            qcow2: None,
+        DiskInfo::new(Format::Raw, self.size_bytes, self.file.len_bytes())
+    }
+}
+
+/// Writes a raw image: every block that is not zero, at its place.
+#[derive(Debug)]
+pub(crate) struct RawWriter {
+    size_bytes: u64,
+}
+
+/// Zeros are left out in this unit, that of file systems.
+const HOLE_BYTES: usize = 4096;
+
+impl RawWriter {
+    pub(crate) fn new(size_bytes: u64) -> Self {
+        Self { size_bytes }
+    }
+}
+
+/// Returns the ranges of `piece` that are not zeros, in units of `unit_bytes`, neighbours joined.
+pub(crate) fn content_ranges(piece: &[u8], unit_bytes: usize) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    for unit in piece.chunks(unit_bytes) {
+        let end = at + unit.len();
+        if !is_zero(unit) {
+            match ranges.last_mut() {
+                Some(last) if last.end == at => last.end = end,
+                _ => ranges.push(at..end),
+            }
         }
+        at = end;
+    }
+    ranges
+}
+
+impl Writer for RawWriter {
+    type Worker = ();
+    type Prepared = Vec<Range<usize>>;
+    type State = ();
+
+    fn piece_bytes(&self) -> u64 {
+        2 << 20
+    }
+
+    fn worker(&self) -> Result<(), ConvertError> {
+        Ok(())
+    }
+
+    fn begin(&self, file: &dyn WriteAt) -> Result<(), ConvertError> {
+        file.set_len(self.size_bytes).map_err(ConvertError::write(self.size_bytes))
+    }
+
+    fn prepare(&self, (): &mut (), _offset: u64, piece: &[u8]) -> Result<Self::Prepared, ConvertError> {
+        Ok(content_ranges(piece, HOLE_BYTES))
+    }
+
+    fn place(&self, (): &mut (), _offset: u64, _prepared: &mut Self::Prepared) -> Result<(), ConvertError> {
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        file: &dyn WriteAt,
+        offset: u64,
+        piece: &[u8],
+        ranges: &Self::Prepared,
+    ) -> Result<(), ConvertError> {
+        for range in ranges {
+            let at = offset + to_u64(range.start);
+            let bytes = piece.get(range.clone()).unwrap_or_default();
+            file.write_all_at(bytes, at).map_err(ConvertError::write(at))?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, _file: &dyn WriteAt, (): ()) -> Result<(), ConvertError> {
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use bulbil_format::seed::write_iso9660;
-use bulbil_format::{Format, open_disk};
+use bulbil_format::{Format, OpenOptions, open_disk};
 
 const TIME: u64 = 1_700_000_000;
 
@@ -111,8 +111,8 @@ fn an_empty_seed_disk_is_read() {
 #[test]
 fn a_seed_disk_is_a_raw_disk_only_if_declared() {
     let bytes = write_iso9660("cidata", &nocloud(), TIME).unwrap();
-    let error = open_disk(Arc::new(bytes.clone()), None).unwrap_err();
+    let error = open_disk(Arc::new(bytes.clone()), &OpenOptions::default()).unwrap_err();
     assert_eq!(error.to_string(), "unsupported-format: ISO 9660");
-    let disk = open_disk(Arc::new(bytes.clone()), Some(Format::Raw)).unwrap();
+    let disk = open_disk(Arc::new(bytes.clone()), &OpenOptions::declared(Format::Raw)).unwrap();
     assert_eq!(disk.size_bytes(), bytes.len() as u64);
 }

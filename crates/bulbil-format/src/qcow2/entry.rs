@@ -9,6 +9,7 @@
 //! ```
 
 use super::header::Header;
+use crate::mapped::CompressedRange;
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const L1_RESERVED_MASK: u64 = 0x7f00_0000_0000_01ff;
@@ -30,21 +31,6 @@ pub(super) enum Cluster {
     Compressed(CompressedRange),
     /// Subcluster `n` is stored if bit `n` of `allocated` is set, and reads as zeros otherwise.
     Subclusters { host_offset: u64, allocated: u32 },
-}
-
-/// Where the bytes of a compressed cluster are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CompressedRange {
-    /// Any byte of the file.
-    pub(super) host_offset: u64,
-    /// Up to the end of the last sector, so what follows the compressed bytes may be included; at most two clusters.
-    pub(super) len_bytes: u64,
-}
-
-impl CompressedRange {
-    pub(super) fn end(self) -> u64 {
-        self.host_offset.saturating_add(self.len_bytes)
-    }
 }
 
 /// Returns the offset of an L2 table, or `None` if there is no table.

@@ -23,6 +23,7 @@ use std::ops::Range;
 
 use crate::bytes::{be_u32, be_u64, to_usize};
 use crate::disk::check_size;
+use crate::error::need;
 use crate::{Compression, FormatError, ReadAt};
 
 const V2_HEADER_BYTES: usize = 72;
@@ -199,14 +200,6 @@ impl Header {
     pub(super) fn l1_entries_needed(&self) -> u64 {
         self.size_bytes.div_ceil(self.l2_coverage_bytes())
     }
-}
-
-/// Refuses a file that ends before `end_bytes`.
-pub(super) fn need(len_bytes: u64, end_bytes: u64, what: &'static str) -> Result<(), FormatError> {
-    if end_bytes <= len_bytes {
-        return Ok(());
-    }
-    Err(FormatError::Truncated { at_bytes: len_bytes, needed_bytes: end_bytes, what })
 }
 
 fn table_range(offset: u64, bytes: u64) -> Result<Range<u64>, FormatError> {

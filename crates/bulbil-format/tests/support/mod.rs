@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use bulbil_format::{Disk, ExtentKind, FileReader, Format, FormatError, open_disk};
+use bulbil_format::{Disk, FileReader, Format, FormatError, OpenOptions, open_disk};
 
 /// A small seeded generator (SplitMix64); tests print their seed.
 pub(crate) struct Rng(pub(crate) u64);
@@ -81,12 +81,12 @@ pub(crate) fn run(tool: &str, args: &[&str]) -> String {
 
 /// Opens the image at a path.
 pub(crate) fn open_path(path: &Path, declared: Option<Format>) -> Result<Box<dyn Disk>, FormatError> {
-    open_disk(Arc::new(FileReader::open(path)?), declared)
+    open_disk(Arc::new(FileReader::open(path)?), &OpenOptions::declared(declared))
 }
 
 /// Opens an image in memory.
 pub(crate) fn open_bytes(bytes: &[u8], declared: Option<Format>) -> Result<Box<dyn Disk>, FormatError> {
-    open_disk(Arc::new(bytes.to_vec()), declared)
+    open_disk(Arc::new(bytes.to_vec()), &OpenOptions::declared(declared))
 }
 
 /// Reads a whole disk in pieces of a given size.
@@ -109,17 +109,26 @@ pub(crate) fn check_extents(disk: &dyn Disk, expected: &[u8]) -> Vec<(u64, u64)>
             assert_ne!(last, Some(extent.kind), "extents at {offset:#x} are not merged");
         }
         let range = usize::try_from(offset).unwrap()..usize::try_from(extent.end_bytes()).unwrap();
-        match extent.kind {
-            ExtentKind::Data => data.push((extent.offset_bytes, extent.len_bytes)),
-            ExtentKind::Zero => assert!(expected[range].iter().all(|byte| *byte == 0), "data in {extent:?}"),
+        if extent.kind.has_content() {
+            push_joined(&mut data, (extent.offset_bytes, extent.len_bytes));
+        } else {
+            assert!(expected[range].iter().all(|byte| *byte == 0), "data in {extent:?}");
         }
         (offset, last) = (extent.end_bytes(), Some(extent.kind));
     }
     assert_eq!(offset, disk.size_bytes());
-    let listed: Vec<_> =
-        disk.data_extents().map(|extent| extent.unwrap()).map(|e| (e.offset_bytes, e.len_bytes)).collect();
+    let mut listed = Vec::new();
+    disk.data_extents().map(Result::unwrap).for_each(|e| push_joined(&mut listed, (e.offset_bytes, e.len_bytes)));
     assert_eq!(listed, data);
     data
+}
+
+/// Adds a range to others before it, as one where they touch.
+fn push_joined(ranges: &mut Vec<(u64, u64)>, (start, len): (u64, u64)) {
+    match ranges.last_mut() {
+        Some(last) if last.0 + last.1 == start => last.1 += len,
+        _ => ranges.push((start, len)),
+    }
 }
 
 /// Compares a disk with its true content, read in several ways; returns the data extents.
@@ -159,10 +168,7 @@ pub(crate) fn qemu_data_extents(path: &Path) -> Vec<(u64, u64)> {
     let mut extents: Vec<(u64, u64)> = Vec::new();
     for object in json.split('{').skip(1).filter(|object| object.contains("\"data\": true")) {
         let (start, len) = (number(object, "start"), number(object, "length"));
-        match extents.last_mut() {
-            Some(last) if last.0 + last.1 == start => last.1 += len,
-            _ => extents.push((start, len)),
-        }
+        push_joined(&mut extents, (start, len));
     }
     extents
 }
