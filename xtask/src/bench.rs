@@ -6,6 +6,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `import` | disks into the store, beside `qemu-img convert` |
+//! | `formats` | conversions between disk formats, beside `qemu-img convert` |
 //! | `launch` | clones and NBD servers, beside qemu-img, qemu-nbd and nbdkit |
 //! | `disks` | what is imported and served |
 //! | `process`, `fio`, `nbd` | measured commands and servers, and the load on them |
@@ -13,6 +14,7 @@
 
 mod disks;
 mod fio;
+mod formats;
 mod import;
 mod launch;
 mod nbd;
@@ -59,6 +61,7 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Bench {
+    Formats,
     Import,
     Launch,
 }
@@ -82,6 +85,10 @@ const fn optional(program: &'static str, package: &'static str, for_what: &'stat
 impl Bench {
     fn about(self) -> &'static str {
         match self {
+            Self::Formats => {
+                "conversion of a disk of 2.4 GiB to raw and from raw, for qcow2 (plain, zlib, zstd), VMDK, VHD and VHDX, \
+                 beside qemu-img convert: time, CPU, space"
+            }
             Self::Import => {
                 "import of real disks into a fresh store, beside qemu-img convert to compressed qcow2: time, CPU, \
                  space; then a rebuilt disk and the same disk in another format"
@@ -103,13 +110,14 @@ impl Bench {
             optional("nbdkit", "nbdkit", "a second server to compare with"),
         ];
         match self {
-            Self::Import => IMPORT,
+            Self::Formats | Self::Import => IMPORT,
             Self::Launch => LAUNCH,
         }
     }
 
     fn name(self) -> &'static str {
         match self {
+            Self::Formats => "formats",
             Self::Import => "import",
             Self::Launch => "launch",
         }
@@ -147,6 +155,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let bed = Bed::new(*bench, args)?;
         process::fresh_directory(&bed.work)?;
         let measured = match bench {
+            Bench::Formats => formats::run(&bed, &mut report),
             Bench::Import => import::run(&bed, &mut report),
             Bench::Launch => launch::run(&bed, &mut report),
         };

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bulbil_control::{ControlError, ErrorCode, ImageRecord, ImportRequest, InstanceView, LaunchRequest};
+use bulbil_control::{ControlError, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceView, LaunchRequest};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -178,6 +178,14 @@ impl Client {
     /// As every call.
     pub async fn import(&self, request: &ImportRequest) -> Result<EventStream, ClientError> {
         self.stream("/v1/images", request).await
+    }
+
+    /// Exports an image to a file; dropping the stream cancels it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn export(&self, image: &str, request: &ExportRequest) -> Result<EventStream, ClientError> {
+        self.stream(&format!("/v1/images/{}/export", escape(image)), request).await
     }
 
     /// Checks of a launch what does not depend on the image.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bulbil_control::{ControlError, ImageRecord, ImportProgress, InstanceView};
+use bulbil_control::{ControlError, ExportProgress, ImageRecord, ImportProgress, InstanceView, WrittenFile};
 use serde::{Deserialize, Serialize};
 
 /// One line of a stream.
@@ -18,6 +18,13 @@ pub enum Event {
         image: Box<ImageRecord>,
         /// Whether it was there before, with the same content.
         existed: bool,
+    },
+    /// An export has come so far.
+    ExportProgress(ExportProgress),
+    /// An export is complete.
+    File {
+        /// What was written.
+        file: Box<WrittenFile>,
     },
     /// Something changed about an instance.
     Instance {

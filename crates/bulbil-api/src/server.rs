@@ -12,7 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bulbil_control::{
-    Control, ControlError, ErrorCode, ImageRecord, ImportRequest, InstanceState, InstanceView, LaunchRequest,
+    Control, ControlError, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceState, InstanceView,
+    LaunchRequest,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -46,6 +47,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/health", get(health))
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{image}", get(show_image).delete(remove_image))
+        .route("/v1/images/{image}/export", post(export_image))
         .route("/v1/instances", get(list_instances).post(launch))
         .route("/v1/launch-checks", post(check_launch))
         .route("/v1/instances/{instance}", get(show_instance).delete(remove_instance))
@@ -113,22 +115,44 @@ async fn remove_image(State(api): State<Api>, Path(image): Path<String>) -> Answ
 }
 
 async fn import_image(State(api): State<Api>, Json(request): Json<ImportRequest>) -> Response {
+    stream_work(Event::Progress, move |progress| async move {
+        let (image, existed) = api.control.import_image(request, progress).await?;
+        Ok(Event::Image { image: Box::new(image), existed })
+    })
+}
+
+async fn export_image(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+    Json(request): Json<ExportRequest>,
+) -> Response {
+    stream_work(Event::ExportProgress, move |progress| async move {
+        let file = api.control.export_image(&image, request, progress).await?;
+        Ok(Event::File { file: Box::new(file) })
+    })
+}
+
+/// Tells the steps of long work and what came of it. When the client is gone, nobody receives the steps any more, and
+/// that ends the work.
+fn stream_work<Step: Send + 'static, Work: Future<Output = Result<Event, ControlError>> + Send + 'static>(
+    event_of: fn(Step) -> Event,
+    work: impl FnOnce(mpsc::Sender<Step>) -> Work + Send + 'static,
+) -> Response {
     let (events, stream) = mpsc::channel(EVENTS_AHEAD);
     tokio::spawn(async move {
         let (progress_sender, mut progress) = mpsc::channel(EVENTS_AHEAD);
         let listening = events.clone();
-        // Ends, and with it the import, when the client is gone.
         let forward = tokio::spawn(async move {
             while let Some(step) = progress.recv().await {
-                if listening.send(Event::Progress(step)).await.is_err() {
+                if listening.send(event_of(step)).await.is_err() {
                     return;
                 }
             }
         });
-        let imported = api.control.import_image(request, progress_sender).await;
+        let done = work(progress_sender).await;
         drop(forward.await);
-        let last = match imported {
-            Ok((image, existed)) => vec![Event::Image { image: Box::new(image), existed }, Event::Done],
+        let last = match done {
+            Ok(event) => vec![event, Event::Done],
             Err(error) => vec![Event::Error { error }],
         };
         for event in last {

@@ -14,8 +14,10 @@ use tokio::sync::watch;
 use crate::catalog::Catalog;
 use crate::data_dir::DataDir;
 use crate::error::{ControlError, ErrorCode};
+use crate::export::ContentsInUse;
 use crate::model::RunState;
 use crate::process;
+use crate::reader;
 
 /// All use cases over one data directory.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Control {
     /// Held for a moment while an instance comes to refer to an image, and while it is decided that
     /// nothing refers to one: otherwise a launch could get an image that is being removed.
     pub(crate) image_uses: Arc<tokio::sync::Mutex<()>>,
+    /// Contents that are being exported, which stay in the store although their image may be removed.
+    pub(crate) contents_in_use: ContentsInUse,
     /// One for each instance, held while it is created, started or removed.
     instance_locks: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -78,6 +82,7 @@ impl Control {
             running: Mutex::default(),
             image_changes: tokio::sync::Mutex::default(),
             image_uses: Arc::default(),
+            contents_in_use: Arc::default(),
             instance_locks: Mutex::default(),
         });
         control.find_running().await?;
@@ -141,6 +146,8 @@ impl HostReport {
                 None => add(name, false, format!("not found: apt install {package}")),
             }
         }
+        let (ok, text) = reader::probe_sandbox(program).await;
+        add("image sandbox", ok, text);
         let kvm = accel::check_kvm(&kvm_probe(program)).await;
         let text = if kvm.works() { kvm.to_string() } else { format!("{kvm}; instances are emulated, which is slow") };
         add("acceleration", kvm.works(), text);

@@ -1,12 +1,13 @@
 //! Files into the store: a disk of any format becomes a catalogued image.
+//!
+//! The file is parsed by an image reader, a process of its own (`reader`); here its answers are stored.
 
 use std::collections::HashSet;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bulbil_format::{Disk, FileReader, Format, FormatError, OpenOptions, open_disk};
+use bulbil_format::Format;
 use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreError, StoreErrorKind};
 use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
@@ -15,12 +16,13 @@ use crate::catalog::first_version;
 use crate::control::{Control, now};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::ImageRecord;
+use crate::reader::{ImageReader, ReaderError, ReaderJob};
 
 /// Means the newest version where an image is named, so no version may be called so.
 const NEWEST: &str = "latest";
 
 /// What to import and as what.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct ImportRequest {
     /// The file, absolute.
     pub path: PathBuf,
@@ -28,8 +30,20 @@ pub struct ImportRequest {
     pub name: Option<Name>,
     /// Version of the image; `1` by default.
     pub version: Option<Name>,
-    /// Format of the file: `raw` or `qcow2`; by default it is recognised.
+    /// Format of the file; by default it is recognised.
     pub format: Option<String>,
+    /// The file it is based on, the one that is based on, and so on; absolute. No other parent is opened.
+    #[serde(default)]
+    pub parents: Vec<PathBuf>,
+    /// The directory of the other files of a split image, absolute. No other file is opened.
+    #[serde(default)]
+    pub extent_dir: Option<PathBuf>,
+    /// The snapshot to import, by name or id, instead of the current state.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+    /// Go on where this host cannot restrict the process that reads the file.
+    #[serde(default)]
+    pub allow_unsandboxed: bool,
 }
 
 /// How far an import is.
@@ -41,31 +55,6 @@ pub struct ImportProgress {
     pub total_bytes: u64,
     /// Bytes written to the store.
     pub stored_bytes: u64,
-}
-
-/// An open disk as the store wants it.
-struct Source(Box<dyn Disk>);
-
-impl DiskSource for Source {
-    fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
-    }
-
-    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, SourceError> {
-        let mut at = offset;
-        while at < self.0.size_bytes() {
-            let Some(extent) = self.0.next_extent(at)? else { return Ok(None) };
-            if extent.kind.has_content() {
-                return Ok(Some(extent.offset_bytes.max(offset)..extent.end_bytes()));
-            }
-            at = extent.end_bytes();
-        }
-        Ok(None)
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        Ok(self.0.read_exact_at(buf, offset)?)
-    }
 }
 
 /// Passes progress on and stops the import when nobody listens any more.
@@ -92,7 +81,7 @@ impl ImportObserver for Observer {
 /// What the blocking part of an import found.
 struct Imported {
     report: ImportReport,
-    format: Format,
+    format: String,
     boot_mode: BootMode,
 }
 
@@ -123,9 +112,9 @@ impl Control {
         let _one_change_of_images = self.image_changes.lock().await;
         let wanted = ImageRef::Named { name: name.clone(), version: Some(version.clone()) };
         let existing = self.catalog.find_image(&wanted).await?;
-        let store = Arc::clone(&self.store);
-        let path = request.path.clone();
-        let imported = tokio::task::spawn_blocking(move || import_blocking(&store, &path, format, progress)).await;
+        let (store, program) = (Arc::clone(&self.store), self.program.clone());
+        let job = self.reader_job(&request, format, &progress);
+        let imported = tokio::task::spawn_blocking(move || import_blocking(&store, &program, job, progress)).await;
         let imported =
             imported.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the import broke off", &e))??;
         if let Some(existing) = existing {
@@ -148,7 +137,7 @@ impl Control {
             stored_bytes: imported.report.stored_bytes,
             architecture: Architecture::X86_64,
             boot_mode: imported.boot_mode,
-            source_format: imported.format.to_string(),
+            source_format: imported.format,
             created_at: now(),
         };
         if let Err(error) = self.catalog.add_image(&record).await {
@@ -159,6 +148,25 @@ impl Control {
         }
         tracing::info!(image = %record.id, name = %record.name, digest = %record.digest, "image imported");
         Ok((record, false))
+    }
+
+    fn reader_job(
+        &self,
+        request: &ImportRequest,
+        format: Option<Format>,
+        progress: &mpsc::Sender<ImportProgress>,
+    ) -> ReaderJob {
+        let progress = progress.clone();
+        ReaderJob {
+            path: request.path.clone(),
+            format,
+            snapshot: request.snapshot.clone(),
+            parents: request.parents.clone(),
+            extent_dir: request.extent_dir.clone(),
+            allow_unsandboxed: request.allow_unsandboxed,
+            scratch_dir: self.data.root().to_owned(),
+            is_cancelled: Box::new(move || progress.is_closed()),
+        }
     }
 
     /// Lists all images.
@@ -206,15 +214,16 @@ impl Control {
         Ok(image)
     }
 
-    /// Frees every content that neither an image nor an instance refers to: that of an image that
+    /// Frees every content that no image, no instance and no export refers to: that of an image that
     /// was just removed, and what an import has left that was killed before it was catalogued.
     ///
     /// The caller holds the lock on changes of images, so no import is between store and catalog.
-    async fn drop_unused_content(&self) -> Result<(), ControlError> {
+    pub(crate) async fn drop_unused_content(&self) -> Result<(), ControlError> {
         let no_new_use = Arc::clone(&self.image_uses).lock_owned().await;
         let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
         let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
-        let used: HashSet<_> = images.chain(instances).collect();
+        let exported = self.contents_in_use();
+        let used: HashSet<_> = images.chain(instances).chain(exported).collect();
         let store = Arc::clone(&self.store);
         let freed = tokio::task::spawn_blocking(move || {
             for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
@@ -231,18 +240,42 @@ impl Control {
 
 fn import_blocking(
     store: &Store,
-    path: &Path,
-    format: Option<Format>,
+    program: &Path,
+    job: ReaderJob,
     progress: mpsc::Sender<ImportProgress>,
 ) -> Result<Imported, ControlError> {
-    let fail = |e: &FormatError| ControlError::with_source(ErrorCode::Invalid, cannot_import(path), e);
-    let file = FileReader::open(path).map_err(|e| fail(&e))?;
-    let disk = open_disk(Arc::new(file), &OpenOptions::declared(format)).map_err(|e| fail(&e))?;
-    let format = disk.format();
-    let boot_mode = boot_mode(&*disk).map_err(|e| fail(&e))?;
+    let what = cannot_import(&job.path);
+    // This thread has to stay as long as the reader is wanted.
+    let reader = ImageReader::open(program, job).map_err(|e| reader_error(&what, &e))?;
+    let format = reader.format().to_owned();
+    let boot_mode = boot_mode(&reader).map_err(|e| read_error(&what, &reader, &*e))?;
     let observer = Observer { progress, cancelled: Arc::default() };
-    let report = store.import(&Source(disk), &observer).map_err(|e| store_error(&cannot_import(path), &e))?;
+    let report = store.import(&reader, &observer).map_err(|e| match e.kind() {
+        StoreErrorKind::Source => read_error(&what, &reader, &e),
+        _ => store_error(&what, &e),
+    })?;
     Ok(Imported { report, format, boot_mode })
+}
+
+fn reader_error(what: &str, error: &ReaderError) -> ControlError {
+    let code = match error {
+        ReaderError::Cancelled => ErrorCode::Cancelled,
+        error if error.is_of_reader() => ErrorCode::Failed,
+        _ => ErrorCode::Invalid,
+    };
+    ControlError::with_source(code, what, error)
+}
+
+/// An error of reading an image that was opened: it is the image's, unless the reader itself is lost.
+fn read_error(what: &str, reader: &ImageReader, error: &(dyn std::error::Error + 'static)) -> ControlError {
+    let code = if reader.is_cancelled() {
+        ErrorCode::Cancelled
+    } else if reader.has_failed() {
+        ErrorCode::Failed
+    } else {
+        ErrorCode::Invalid
+    };
+    ControlError::with_source(code, what, error)
 }
 
 fn cannot_import(path: &Path) -> String {
@@ -272,7 +305,7 @@ fn name_of_file(path: &Path) -> Result<Name, ControlError> {
 
 /// How firmware starts a disk: by BIOS where the first sector holds boot code, because that is
 /// quicker under emulation, else by UEFI.
-fn boot_mode(disk: &dyn Disk) -> Result<BootMode, FormatError> {
+fn boot_mode(disk: &dyn DiskSource) -> Result<BootMode, SourceError> {
     let mut sector = [0; 512];
     disk.read_exact_at(&mut sector, 0)?;
     Ok(boot_mode_of(&sector))

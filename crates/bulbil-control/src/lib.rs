@@ -15,7 +15,12 @@
 //! |---|---|
 //! | `data_dir` | where everything lies |
 //! | `catalog` | images and instances by name and id |
-//! | `images` | files into the store: reading, boot mode |
+//! | `images` | files into the store: import, boot mode |
+//! | `reader` | the process that reads a file for an import |
+//! | [`sandbox`] | takes a process every right it does not need |
+//! | `export` | images out of the store: `image_content` reads, `new_file` gives a name to what is complete |
+//! | `disk_file`, `conversion` | disk image files as such, without a store |
+//! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
 //! | `model` | the records and views that the API shows |
 //! | `shim` | the process beside each virtual machine |
@@ -24,29 +29,50 @@
 
 mod catalog;
 mod control;
+mod conversion;
 mod data_dir;
+mod disk_file;
 mod error;
+mod export;
+mod image_content;
 mod images;
 mod instances;
 mod keys;
 mod model;
+mod new_file;
+mod reader;
+pub mod sandbox;
 pub mod shim;
+mod target;
 
+pub use bulbil_format::{ConvertObserver, Format};
 pub use bulbil_vm::console::plain_text;
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
 pub use control::{Control, HostCheck, HostReport, probe_kvm};
+pub use conversion::{ConvertRequest, convert_file, convert_worker};
 pub use data_dir::DataDir;
+pub use disk_file::{DiskDescription, DiskFile, SnapshotDescription, check_disks, describe_disks};
 pub use error::{ControlError, ErrorCode};
+pub use export::{ExportProgress, ExportRequest, WrittenFile};
 pub use images::{ImportProgress, ImportRequest};
 pub use instances::LaunchRequest;
 pub use model::{
     ImageRecord, InstanceRecord, InstanceState, InstanceView, LoginKey, PublishedPort, RunState, SshAccess,
 };
+pub use new_file::FileSize;
+pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
+pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.
 pub mod process {
     /// `bulbil shim --data-dir DIR INSTANCE`
     pub const SHIM_COMMAND: &str = "shim";
+    /// `bulbil disk-converter`
+    pub const CONVERT_COMMAND: &str = "disk-converter";
+    /// `bulbil image-reader [--self-test]`
+    pub const IMAGE_READER_COMMAND: &str = "image-reader";
+    /// The option of it with which it tries what its sandbox refuses.
+    pub const SELF_TEST_OPTION: &str = "--self-test";
     /// `bulbil kvm-probe`
     pub const KVM_PROBE_COMMAND: &str = "kvm-probe";
     /// `auto`, `kvm` or `tcg`

@@ -142,7 +142,10 @@ pub fn open_disk(file: Arc<dyn ReadAt>, options: &OpenOptions) -> Result<Box<dyn
     let file_bytes = file.len_bytes();
     let disk = open_layers(file, options)?;
     // Once for all formats; here the map of every one of them is known.
-    if let Some(data_bytes) = disk.info().data_bytes {
+    let info = disk.info();
+    if let Some(data_bytes) = info.data_bytes {
+        // The files beside a descriptor count as well; without a gate there are none.
+        let file_bytes = if options.gate.is_some() { file_bytes.max(info.file_bytes) } else { file_bytes };
         check_expansion("a disk", data_bytes, file_bytes)?;
     }
     Ok(disk)
@@ -196,7 +199,7 @@ fn open_as(format: Format, file: Arc<dyn ReadAt>, options: &OpenOptions) -> Resu
 /// A file may expand to this many times its length: what deflate does with zeros.
 const MAX_EXPANSION: u64 = 1032;
 /// Any file may expand to this much.
-const FREE_EXPANSION_BYTES: u64 = 16 << 30;
+const FREE_EXPANSION_BYTES: u64 = 2 << 30;
 
 /// Refuses more data than a file of this length can hold for honest reasons, so that the work for a file is bounded by
 /// its length.

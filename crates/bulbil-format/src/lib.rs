@@ -29,7 +29,7 @@
 //! | format | accepted | refused, by code |
 //! |---|---|---|
 //! | raw | a regular file or block device with a partition table, boot sector or known file system; anything but a container when declared `raw` | `not-a-disk`, `virtual-size` |
-//! | qcow2 | versions 2 and 3, clusters of 512 B to 2 MiB, zlib and zstd, zero and preallocated clusters, extended L2 entries, lazy refcounts and images not closed cleanly; internal snapshots may be there, the current state is read | `has-backing-file`, `external-data-file`, `encrypted`, `marked-corrupt`, `unsupported-feature`, `corrupt`, `truncated`, `too-large`, `virtual-size` |
+//! | qcow2 | versions 2 and 3, clusters of 512 B to 2 MiB, zlib and zstd, zero and preallocated clusters, extended L2 entries, lazy refcounts and images not closed cleanly; the current state or an internal snapshot; with a backing file if its content is supplied as parent | `has-backing-file`, `parent-mismatch`, `no-such-snapshot`, `external-data-file`, `encrypted`, `marked-corrupt`, `unsupported-feature`, `corrupt`, `truncated`, `too-large`, `virtual-size` |
 //! | VHD, VHDX, VMDK, VDI, QED, Parallels, Bochs, cloop, DMG, qcow version 1 | never, not even declared `raw` | `unsupported-format`, `format-mismatch` |
 //! | ISO 9660, archives, programs, scripts, LUKS | only declared `raw` | `unsupported-format`, `encrypted` |
 //! | two formats in one file | never, unless all are of the row above and `raw` is declared | `ambiguous-format` |
@@ -80,6 +80,7 @@ mod convert;
 mod detect;
 mod disk;
 mod error;
+mod layer;
 mod mapped;
 mod open;
 mod packed;
@@ -87,6 +88,7 @@ mod qcow2;
 mod raw;
 mod read_at;
 pub mod seed;
+mod table;
 mod vdi;
 mod vhd;
 mod vhdx;
@@ -99,6 +101,6 @@ pub use disk::{
     Compression, DataExtents, Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, ParseFormatError, SnapshotInfo,
 };
 pub use error::FormatError;
-pub use open::{DenyAll, OpenGate, OpenOptions};
+pub use open::{DenyAll, ExtentDirectory, OpenGate, OpenOptions};
 pub use read_at::{FileReader, ReadAt};
 pub use write_at::WriteAt;

@@ -13,12 +13,16 @@ use std::sync::Arc;
 use crate::bytes::{to_u64, to_usize};
 use crate::cache::SharedCache;
 use crate::disk::check_range;
+use crate::layer::Layer;
 use crate::{Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, FormatError, ReadAt};
 
 /// Memory for decoded clusters.
 const DECODED_CACHE_BYTES: u64 = 16 << 20;
 /// Entries of the cache, so that small clusters do not make it mostly bookkeeping.
 const MAX_CACHE_ENTRIES: u64 = 16384;
+
+/// What is there if nothing is.
+const ZEROS: (u64, ExtentKind) = (u64::MAX, ExtentKind::Zero);
 
 /// Where a range of the disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +103,7 @@ pub(crate) trait BlockMap: Send + Sync + fmt::Debug {
 pub(crate) struct Mapped<M> {
     file: Arc<dyn ReadAt>,
     map: M,
-    parent: Option<Arc<dyn DiskContent>>,
+    parent: Option<Layer<Arc<dyn DiskContent>>>,
     /// Decoded clusters by host offset. Only reads of a part of a cluster come here.
     decoded: SharedCache<Vec<u8>>,
 }
@@ -114,6 +118,7 @@ impl<M: BlockMap> Mapped<M> {
     /// Joins a file, its map, and the parent that takes what the map does not have.
     pub(crate) fn new(file: Arc<dyn ReadAt>, map: M, parent: Option<Arc<dyn DiskContent>>) -> Self {
         let entries = (DECODED_CACHE_BYTES / map.cluster_bytes().max(1)).min(MAX_CACHE_ENTRIES);
+        let parent = parent.map(Layer::new);
         Self { file, map, parent, decoded: SharedCache::new(to_usize(entries)) }
     }
 
@@ -136,10 +141,8 @@ impl<M: BlockMap> Mapped<M> {
             Source::Host(_) => ExtentKind::Data,
             Source::Compressed { .. } => ExtentKind::Compressed,
             Source::Parent => {
-                let extent = self.parent.as_ref().map(|parent| parent.next_extent(offset)).transpose()?.flatten();
-                return Ok(extent.map_or((run.len_bytes, ExtentKind::Zero), |extent| {
-                    (extent.len_bytes.min(run.len_bytes), extent.kind)
-                }));
+                let (len_bytes, kind) = self.parent.as_ref().map_or(Ok(ZEROS), |parent| parent.kind_at(offset))?;
+                return Ok((len_bytes.min(run.len_bytes), kind));
             }
         };
         Ok((run.len_bytes, kind))
@@ -164,19 +167,14 @@ impl<M: BlockMap> Mapped<M> {
                 buf.copy_from_slice(cluster.get(start..start + buf.len()).expect("a run ends with its cluster"));
                 Ok(())
             }
-            Source::Parent => read_or_zeros(self.parent.as_deref(), offset, buf),
+            Source::Parent => match &self.parent {
+                Some(parent) => parent.read(buf, offset),
+                None => {
+                    buf.fill(0);
+                    Ok(())
+                }
+            },
         }
-    }
-}
-
-/// Reads what a parent has at `offset`; zeros past its end and where there is none.
-fn read_or_zeros(parent: Option<&dyn DiskContent>, offset: u64, buf: &mut [u8]) -> Result<(), FormatError> {
-    let there = parent.map_or(0, |parent| parent.size_bytes().saturating_sub(offset)).min(to_u64(buf.len()));
-    let (in_parent, past_end) = buf.split_at_mut(to_usize(there));
-    past_end.fill(0);
-    match parent {
-        Some(parent) if !in_parent.is_empty() => parent.read_exact_at(in_parent, offset),
-        _ => Ok(()),
     }
 }
 

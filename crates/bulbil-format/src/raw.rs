@@ -79,7 +79,7 @@ pub(crate) struct RawWriter {
 }
 
 /// Zeros are left out in this unit, that of file systems.
-const HOLE_BYTES: usize = 4096;
+pub(crate) const HOLE_BYTES: usize = 4096;
 
 impl RawWriter {
     pub(crate) fn new(size_bytes: u64) -> Self {

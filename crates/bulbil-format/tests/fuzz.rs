@@ -4,13 +4,16 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulbil_format::Format;
+use bulbil_format::{Format, OpenOptions, open_disk};
 use support::{Rng, content, open_bytes, run, write_sparse};
 
 const SEED: u64 = 0x5eed_0003;
 const MUTATIONS_EACH: u64 = 1500;
+/// The state that is read of images that have any but the current one.
+const SNAPSHOT: &str = "kept";
 /// The largest images here have less than 1 MiB; what a reader takes follows the file, not what its header says.
 const MAX_RESIDENT_KIB: u64 = 100 << 10;
 
@@ -36,7 +39,20 @@ fn images() -> Vec<(String, Vec<u8>)> {
         );
         (options.to_owned(), std::fs::read(&image).unwrap())
     };
-    options.into_iter().map(make).collect()
+    let mut images: Vec<_> = options.into_iter().map(make).collect();
+    for options in ["-o compat=0.10", "-o cluster_size=4k"] {
+        make(options);
+        for name in [SNAPSHOT, "other"] {
+            let path = image.to_str().unwrap();
+            run("qemu-img", &["snapshot", "-c", name, path]);
+            run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 10k 50k", path]);
+        }
+        images.push((format!("{options}, with snapshots"), std::fs::read(&image).unwrap()));
+    }
+    run("qemu-img", &["create", "-f", "qcow2", "-b", raw.to_str().unwrap(), "-F", "raw", image.to_str().unwrap()]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 10k 50k", "-c", "write -z 128k 64k", image.to_str().unwrap()]);
+    images.push(("with a backing file".to_owned(), std::fs::read(&image).unwrap()));
+    images
 }
 
 /// Where damage does something: the header, the L1 table, the L2 tables.
@@ -47,6 +63,12 @@ fn metadata(image: &[u8]) -> Vec<usize> {
     let mut places: Vec<usize> = (0..128).chain(l1..l1 + 64).collect();
     for table in tables {
         places.extend(table..(table + 512).min(image.len()));
+    }
+    let snapshots = usize::try_from(word(64)).unwrap();
+    if snapshots != 0 {
+        let l1 = usize::try_from(word(snapshots)).unwrap();
+        let l2 = usize::try_from(word(l1)).unwrap();
+        places.extend((snapshots..snapshots + 160).chain(l1..l1 + 64).chain(l2..l2 + 512));
     }
     places
 }
@@ -69,8 +91,13 @@ fn damage(rng: &mut Rng, image: &mut Vec<u8>, places: &[usize]) {
 
 /// Looks at all that can be looked at; returns whether the image opened.
 fn exercise(rng: &mut Rng, image: &[u8]) -> bool {
-    let declared = [None, Some(Format::Qcow2)][rng.index(2)];
-    let Ok(disk) = open_bytes(image, declared) else { return false };
+    let format = [None, Some(Format::Qcow2)][rng.index(2)];
+    let snapshot =
+        (image.get(64..72).is_some_and(|table| table != [0; 8]) && rng.below(2) == 0).then(|| SNAPSHOT.to_owned());
+    let parent = image.get(8..16).filter(|name_offset| *name_offset != [0; 8] && rng.below(8) != 0);
+    let parent = parent.map(|_| Arc::from(open_bytes(&[7; 200 << 10], Some(Format::Raw)).unwrap()));
+    let options = OpenOptions { format, snapshot, parent, ..OpenOptions::default() };
+    let Ok(disk) = open_disk(Arc::new(image.to_vec()), &options) else { return false };
     let size = disk.size_bytes();
     let mut end = 0;
     for extent in disk.data_extents().take(1000) {

@@ -9,6 +9,8 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
+use crate::cli_disk::{DiskCommand, ExportArgs, InputArgs};
+
 /// Clone and launch operating system images in seconds, on your own machines.
 #[derive(Debug, Parser)]
 #[command(name = "bulbil", version, propagate_version = true, arg_required_else_help = true, after_help = EXAMPLES)]
@@ -49,9 +51,12 @@ pub(crate) enum OutputFormat {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Import, list, show and remove images
+    /// Import, list, show, export and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Show, check and convert disk image files, without images and instances
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Start a new instance of an image, or of a disk image file
     Launch(LaunchArgs),
     /// List instances
@@ -175,6 +180,14 @@ pub(crate) enum Command {
         instance: bulbil_types::InstanceId,
     },
     #[command(hide = true)]
+    DiskConverter,
+    #[command(hide = true)]
+    ImageReader {
+        /// Try what the sandbox refuses, and tell
+        #[arg(long)]
+        self_test: bool,
+    },
+    #[command(hide = true)]
     KvmProbe,
 }
 
@@ -200,6 +213,8 @@ pub(crate) enum ImageCommand {
         /// Format of the file: raw or qcow2 [default: recognised]
         #[arg(long)]
         format: Option<String>,
+        #[command(flatten)]
+        input: InputArgs,
     },
     /// List images
     #[command(visible_alias = "ls")]
@@ -211,6 +226,8 @@ pub(crate) enum ImageCommand {
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         image: String,
     },
+    /// Write an image to a disk image file
+    Export(ExportArgs),
     /// Remove images and free what nothing else uses
     Rm {
         /// Names, name:version or ids
@@ -284,6 +301,8 @@ pub(crate) struct LaunchArgs {
     /// Check everything and create nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+    #[command(flatten, next_help_heading = "Options of a file that is imported")]
+    pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
 }

@@ -5,6 +5,9 @@ use std::process::ExitCode;
 use bulbil_api::ClientError;
 use bulbil_control::ControlError;
 
+/// Formats that are refused here by these names, and that QEMU reads.
+const QEMU_READS: [&str; 6] = ["QED", "Parallels", "Bochs", "cloop", "DMG", "COWD"];
+
 /// A command that did not do what was asked.
 #[derive(Debug)]
 pub(crate) struct CliError {
@@ -21,6 +24,16 @@ pub(crate) type CliResult<T> = Result<T, CliError>;
 impl CliError {
     pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), causes: Vec::new(), hint: None, code: None, status: 1 }
+    }
+
+    /// A command line that makes no sense.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { status: 2, ..Self::new(message) }
+    }
+
+    /// A command that a signal ended, with the status a shell gives to one.
+    pub(crate) fn interrupted(message: impl Into<String>, signal: u8) -> Self {
+        Self { status: 128 + signal, ..Self::new(message) }
     }
 
     pub(crate) fn io(message: impl Into<String>, error: &std::io::Error) -> Self {
@@ -44,21 +57,37 @@ impl CliError {
         if self.code == Some(code) { self.hint(hint) } else { self }
     }
 
-    /// Adds the command that makes a disk importable that was refused as it is. The words are those
-    /// of the importer's refusals, each of which begins with its code.
-    pub(crate) fn hint_from_causes(self, file: &std::path::Path) -> Self {
-        let says = |word: &str| self.causes.iter().any(|cause| cause.contains(word));
-        let verb = if says("has-backing-file") || says("external-data-file") {
-            "flatten it first"
-        } else if says("unsupported-format") {
-            "convert it first"
+    /// Adds what to type next when a disk image was refused; `format_option` is the one that says its format. The words
+    /// are the codes that refusals begin with.
+    pub(crate) fn hint_from_causes(self, file: &std::path::Path, format_option: &str) -> Self {
+        let says = |word: &str| self.causes.iter().any(|cause| cause.starts_with(word));
+        let file = file.display();
+        let hint = if says("has-backing-file") || says("differencing") {
+            "name the image it is based on: --parent FILE".to_owned()
+        } else if says("parent-mismatch") {
+            "see which parent it needs: bulbil disk info FILE of each".to_owned()
+        } else if says("external-extent") {
+            "its other files must lie in the directory that is named: --extent-dir DIR".to_owned()
+        } else if says("no-such-snapshot") {
+            format!("see which there are: bulbil disk info {file}")
         } else if says("not a disk image") {
-            return self.hint("if it is a raw disk all the same, say so: --format raw");
+            format!("if it is a raw disk all the same, say so: {format_option} raw")
+        } else if says("external-data-file") {
+            format!("flatten it first: qemu-img convert -O qcow2 {file} {}", flat_name(&file.to_string()))
+        } else if says("marked-corrupt") {
+            format!("repair a copy of it: qemu-img check -r all {file}")
+        } else if says("unsupported-format")
+            && QEMU_READS.iter().any(|name| self.causes.iter().any(|cause| cause.contains(name)))
+        {
+            format!("convert it first: qemu-img convert -O qcow2 {file} {}", flat_name(&file.to_string()))
+        } else if says("unsupported-format") && self.causes.iter().any(|cause| cause.ends_with(" archive")) {
+            "unpack it first, and take the image in it".to_owned()
+        } else if says("sandbox-unavailable") {
+            "go on without one, for a file that you trust: --no-sandbox".to_owned()
         } else {
             return self;
         };
-        let (file, flat) = (file.display(), file.with_extension("flat.qcow2"));
-        self.hint(format!("{verb}: qemu-img convert -O qcow2 {file} {}", flat.display()))
+        self.hint(hint)
     }
 
     pub(crate) fn exit_code(&self) -> ExitCode {
@@ -85,4 +114,9 @@ impl From<ClientError> for CliError {
             other => Self::new(other.to_string()),
         }
     }
+}
+
+/// The name of a copy of an image that needs no other file.
+fn flat_name(file: &str) -> String {
+    std::path::Path::new(file).with_extension("flat.qcow2").display().to_string()
 }

@@ -2,17 +2,17 @@
 
 use std::collections::HashSet;
 
-use bulbil_control::{ImportProgress, InstanceView};
+use bulbil_control::{ExportProgress, ImportProgress, InstanceView};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output::Printer;
 
-/// The bar of an import; it is drawn only on a terminal.
-pub(crate) fn import_bar() -> ProgressBar {
+/// The bar of work on the data of a disk, such as `importing`; it is drawn only on a terminal.
+pub(crate) fn data_bar(work: &'static str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let template = "{msg} {wide_bar} {percent:>3}%  {bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left";
     bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.set_message("importing");
+    bar.set_message(work);
     bar
 }
 
@@ -28,6 +28,12 @@ pub(crate) fn boot_spinner() -> ProgressBar {
 
 /// Shows a step of an import.
 pub(crate) fn show(bar: &ProgressBar, step: ImportProgress) {
+    bar.set_length(step.total_bytes);
+    bar.set_position(step.done_bytes);
+}
+
+/// Shows a step of an export or a conversion.
+pub(crate) fn show_export(bar: &ProgressBar, step: ExportProgress) {
     bar.set_length(step.total_bytes);
     bar.set_position(step.done_bytes);
 }
@@ -50,6 +56,11 @@ impl BootReport {
             }
         }
     }
+}
+
+/// How long ago something was, as people read it.
+pub(crate) fn since(started: std::time::Instant) -> String {
+    seconds(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Milliseconds as people read them: `43.2 s`.

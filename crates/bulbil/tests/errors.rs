@@ -88,7 +88,7 @@ fn files_that_are_no_disks_are_refused() {
             ),
             (&["launch", &text, "--name", "web"], 1, &[&cannot_import(&text), "it is a text file"]),
             (&["image", "import", &noise, "--format", "tape"], 1, &["`tape`", "raw", "qcow2"]),
-            (&["image", "import", &noise, "--format", "qcow2"], 1, &["declared qcow2, found no qcow2 header"]),
+            (&["image", "import", &noise, "--format", "qcow2"], 1, &["declared qcow2, found no header of it"]),
             (&["image", "import", &noise, "--as", "a/b"], 2, &["`a/b` is not a name"]),
             (&["image", "import", &noise, "--as", "a:"], 2, &["`` is not a name"]),
         ],
@@ -117,6 +117,7 @@ fn images_that_cannot_be_taken_are_refused() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &data_file, &external, "1M"]);
     let vmdk = home.file("disk.vmdk", file_with(&[(0, b"KDMV")]));
     let vhd = home.file("disk.vhd", file_with(&[((128 << 10) - 512, b"conectix")]));
+    let qed = home.file("disk.qed", file_with(&[(0, b"QED\0")]));
     let iso = home.file("cd.iso", file_with(&[(0x8001, b"CD001")]));
     let luks = home.file("luks.raw", file_with(&[(0, b"LUKS\xba\xbe")]));
     let two = home.file("two.qcow2", [&sound[..], &file_with(&[((128 << 10) - 512, b"conectix")])].concat());
@@ -138,10 +139,11 @@ fn images_that_cannot_be_taken_are_refused() {
                 &["caused by: external-data-file: the content is in \"", "external.data"],
             ),
             (&["image", "import", &vmdk], 1, &["caused by: unsupported-format: VMDK"]),
-            (&["image", "import", &vhd], 1, &["caused by: unsupported-format: VHD"]),
+            (&["image", "import", &vhd], 1, &["caused by: checksum: that of the footer is wrong"]),
+            (&["image", "import", &qed], 1, &["caused by: unsupported-format: QED"]),
             (&["image", "import", &iso], 1, &["caused by: unsupported-format: ISO 9660"]),
             (&["image", "import", &luks], 1, &["caused by: encrypted: a LUKS container"]),
-            (&["image", "import", &gzip], 1, &["caused by: unsupported-format: gzip archive"]),
+            (&["image", "import", &gzip], 1, &["caused by: corrupt: the gzip file does not unpack"]),
             (&["image", "import", &two], 1, &["caused by: ambiguous-format: the file is both qcow2 and VHD"]),
             (&["image", "import", &vmdk, "--format", "raw"], 1, &["format-mismatch: declared raw, found VMDK"]),
             (&["launch", &backed], 1, &["error: cannot import `", "has-backing-file"]),
@@ -156,18 +158,18 @@ fn an_error_says_what_to_type_next() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &home.text_path("small.raw"), "-F", "raw", &backed]);
     let data_file = format!("data_file={}", home.text_path("external.data"));
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &data_file, &external, "1M"]);
-    let vmdk = home.file("disk.vmdk", file_with(&[(0, b"KDMV")]));
-    let vhd = home.file("disk.vhd", file_with(&[((128 << 10) - 512, b"conectix")]));
+    let qed = home.file("disk.qed", file_with(&[(0, b"QED\0")]));
+    let zip = home.file("disk.zip", file_with(&[(0, b"PK\x03\x04")]));
     let noise = home.file("noise.raw", Rng::new(SEED).bytes(100 << 10));
     let flatten = "hint: flatten it first: qemu-img convert -O qcow2 ";
     let convert = "hint: convert it first: qemu-img convert -O qcow2 ";
     check(
         &home,
         &[
-            (&["image", "import", &backed], 1, &[flatten]),
+            (&["image", "import", &backed], 1, &["hint: name the image it is based on: --parent FILE\n"]),
             (&["image", "import", &external], 1, &[flatten]),
-            (&["image", "import", &vmdk], 1, &[convert]),
-            (&["image", "import", &vhd], 1, &[convert]),
+            (&["image", "import", &qed], 1, &[convert]),
+            (&["image", "import", &zip], 1, &["hint: unpack it first"]),
             (&["image", "import", &noise], 1, &["hint: ", "--format raw"]),
         ],
     );

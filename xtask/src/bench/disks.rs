@@ -34,21 +34,30 @@ pub(crate) fn debian() -> Result<Debian> {
 
 /// A file system full of this machine's own files; made once and kept.
 pub(crate) fn large() -> Result<PathBuf> {
+    made_of_files("large.raw", LARGE_DATA_BYTES)
+}
+
+/// The same of twice the size, for conversions.
+pub(crate) fn huge() -> Result<PathBuf> {
+    made_of_files("huge.raw", 2 * LARGE_DATA_BYTES)
+}
+
+fn made_of_files(name: &str, data_bytes: u64) -> Result<PathBuf> {
     let dir = bench_dir().join("disks");
-    let disk = dir.join("large.raw");
+    let disk = dir.join(name);
     if disk.is_file() {
         return Ok(disk);
     }
     say(format!("making {} out of {LARGE_SOURCE}", disk.display()));
     let tree = dir.join("tree");
     fresh_directory(&tree)?;
-    let copied_bytes = copy_files(Path::new(LARGE_SOURCE), &tree, LARGE_DATA_BYTES)?;
-    if copied_bytes < LARGE_DATA_BYTES / 2 {
+    let copied_bytes = copy_files(Path::new(LARGE_SOURCE), &tree, data_bytes)?;
+    if copied_bytes < data_bytes / 2 {
         bail!("{LARGE_SOURCE} has only {copied_bytes} bytes of files to make a disk of");
     }
     // Room for the file system's own tables, and little else: random reads should meet data.
     let size_kib = copied_bytes / 1024 * 108 / 100 + (48 << 10);
-    let unfinished = dir.join("large.raw.new");
+    let unfinished = dir.join("unfinished.raw");
     Cmd::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-m", "0", "-d"])
         .args([&tree, &unfinished])

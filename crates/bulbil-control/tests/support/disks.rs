@@ -87,6 +87,7 @@ pub(crate) fn run(tool: &str, args: &[&str]) -> String {
 #[track_caller]
 pub(crate) fn assert_served_is(image: &Path, format: &str, socket: &Path) {
     let url = format!("nbd+unix:///?socket={}", socket.display());
+    let format = if format == "vhd" { "vpc" } else { format };
     let args = ["compare", "-f", format, "-F", "raw", image.to_str().unwrap(), &url];
     assert_eq!(run("qemu-img", &args), "Images are identical.\n");
 }

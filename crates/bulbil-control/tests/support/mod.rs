@@ -43,10 +43,14 @@ impl Host {
         DataDir::open(&self.path("d")).unwrap()
     }
 
-    /// Opens the data directory, as a daemon does when it begins.
+    /// Opens the data directory, as a daemon does when it begins. Its images are read; no shim can be started.
     pub(crate) fn open(&mut self) {
-        let program = PathBuf::from("/nonexistent/no-shim-is-started-here");
-        self.control = Some(self.runtime.block_on(Control::open(self.data(), program)).unwrap());
+        self.open_with(Path::new(env!("CARGO_BIN_EXE_image-reader-for-tests")));
+    }
+
+    /// Opens the data directory for a daemon that is this program.
+    pub(crate) fn open_with(&mut self, program: &Path) {
+        self.control = Some(self.runtime.block_on(Control::open(self.data(), program.to_owned())).unwrap());
     }
 
     pub(crate) fn control(&self) -> &Arc<Control> {
@@ -55,7 +59,7 @@ impl Host {
 
     pub(crate) fn try_import(&self, path: &Path, name: &str) -> Result<ImageRecord, ControlError> {
         let name = Some(name.parse().unwrap());
-        let request = ImportRequest { path: path.to_owned(), name, version: None, format: None };
+        let request = ImportRequest { path: path.to_owned(), name, ..ImportRequest::default() };
         // Held to the end: an import whose listener is gone is cancelled.
         let (progress, listener) = tokio::sync::mpsc::channel(1);
         let imported = self.runtime.block_on(self.control().import_image(request, progress));

@@ -17,7 +17,7 @@ use crate::{Compression, DiskContent, Format, FormatError, WriteAt};
 
 mod engine;
 
-pub(crate) use engine::Writer;
+pub(crate) use engine::{Writer, run};
 
 /// What to write.
 #[derive(Debug, Clone)]
@@ -176,15 +176,19 @@ pub fn convert(
     let size_bytes = source.size_bytes();
     match target {
         Target::Raw => engine::run(&crate::raw::RawWriter::new(size_bytes), source, file, observer),
-        Target::Qcow2(_) => not_built(identity),
-        Target::VhdFixed | Target::VhdDynamic => not_built(identity),
-        Target::Vhdx => not_built(identity),
-        Target::VmdkSparse | Target::VmdkStream => not_built(identity),
-        Target::Vdi => not_built(identity),
-        Target::Ova { .. } => not_built(identity),
+        Target::Qcow2(options) => crate::qcow2::write(source, file, options, observer),
+        Target::VhdFixed => engine::run(&crate::vhd::FixedWriter::new(size_bytes, identity)?, source, file, observer),
+        Target::VhdDynamic => {
+            engine::run(&crate::vhd::DynamicWriter::new(size_bytes, identity)?, source, file, observer)
+        }
+        Target::Vhdx => engine::run(&crate::vhdx::VhdxWriter::new(size_bytes, identity), source, file, observer),
+        Target::VmdkSparse => {
+            engine::run(&crate::vmdk::SparseWriter::new(size_bytes, identity), source, file, observer)
+        }
+        Target::VmdkStream => {
+            engine::run(&crate::vmdk::StreamWriter::new(size_bytes, identity), source, file, observer)
+        }
+        Target::Vdi => engine::run(&crate::vdi::VdiWriter::new(size_bytes, identity)?, source, file, observer),
+        Target::Ova { name } => crate::archive::write_ova(name, source, file, identity, observer),
     }
-}
-
-fn not_built(_identity: &Identity) -> Result<(), ConvertError> {
-    Err(ConvertError::unsupported("not built"))
 }

@@ -7,11 +7,10 @@ use std::fmt;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-use flate2::{Decompress, FlushDecompress, Status};
+use libdeflater::{DecompressionError, Decompressor as Inflate};
 use zstd::bulk::Decompressor;
 
 use crate::Compression;
-use crate::bytes::to_u64;
 
 /// Decoders at rest, at most one for each thread that ever decoded at the same time.
 pub(super) struct DecoderPool {
@@ -54,14 +53,14 @@ pub(super) struct Decoder {
 }
 
 enum Engine {
-    Zlib(Decompress),
+    Zlib(Inflate),
     Zstd(Decompressor<'static>),
 }
 
 impl Decoder {
     fn new(compression: Compression) -> io::Result<Self> {
         let engine = match compression {
-            Compression::Zlib => Engine::Zlib(Decompress::new(false)),
+            Compression::Zlib => Engine::Zlib(Inflate::new()),
             Compression::Zstd => Engine::Zstd(Decompressor::new()?),
         };
         Ok(Self { engine, input: Vec::new() })
@@ -76,21 +75,12 @@ impl Decoder {
     }
 }
 
-fn decode_zlib(inflate: &mut Decompress, input: &[u8], output: &mut [u8]) -> Result<(), String> {
-    inflate.reset(false);
-    let wanted = to_u64(output.len());
-    let mut status = inflate.decompress(input, output, FlushDecompress::Finish).map_err(|error| error.to_string())?;
-    if status != Status::StreamEnd && inflate.total_out() == wanted {
-        // The mark of the end may come after the last byte, which left no room to go on.
-        let consumed = usize::try_from(inflate.total_in()).unwrap_or(usize::MAX);
-        let rest = input.get(consumed..).unwrap_or_default();
-        status = inflate.decompress(rest, &mut [0; 1], FlushDecompress::Finish).map_err(|error| error.to_string())?;
-    }
-    match inflate.total_out() {
-        out if out > wanted => Err("it is longer than a cluster".to_owned()),
-        out if out < wanted => Err(format!("it has {out} bytes instead of {wanted}")),
-        _ if status != Status::StreamEnd => Err("it does not end".to_owned()),
-        _ => Ok(()),
+fn decode_zlib(inflate: &mut Inflate, input: &[u8], output: &mut [u8]) -> Result<(), String> {
+    match inflate.deflate_decompress(input, output) {
+        Ok(len) if len == output.len() => Ok(()),
+        Ok(len) => Err(format!("it has {len} bytes instead of {}", output.len())),
+        Err(DecompressionError::InsufficientSpace) => Err("it is longer than a cluster".to_owned()),
+        Err(DecompressionError::BadData) => Err("it is damaged or does not end".to_owned()),
     }
 }
 

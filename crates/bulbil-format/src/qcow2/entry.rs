@@ -6,6 +6,8 @@
 //!             | 62 compressed | 63 refcount is one
 //! compressed  bits 0..x byte offset | x..62 further 512-byte sectors | 62 set; x = 62 - (cluster bits - 8)
 //! extended    a second word: bits 0-31 subcluster is allocated | 32-63 subcluster reads as zeros
+//!
+//! What is neither allocated nor reads as zeros is that of the backing file; zeros if there is none.
 //! ```
 
 use super::header::Header;
@@ -23,14 +25,25 @@ const SECTOR_BITS: u32 = 9;
 /// What a cluster is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cluster {
+    /// Not in this image.
+    Unallocated,
     /// Reads as zeros; space may have been set aside for it.
     Zero { reserved_at: Option<u64> },
     /// Stored as it is.
     Data { host_offset: u64 },
     /// Stored compressed.
     Compressed(CompressedRange),
-    /// Subcluster `n` is stored if bit `n` of `allocated` is set, and reads as zeros otherwise.
-    Subclusters { host_offset: u64, allocated: u32 },
+    /// Differs from part to part; space may have been set aside even if no part is stored.
+    Subclusters { reserved_at: Option<u64>, map: SubclusterMap },
+}
+
+/// What the 32 parts of a cluster are: bit `n` is about part `n`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SubclusterMap {
+    /// Stored as they are.
+    pub(super) allocated: u32,
+    /// Read as zeros; none of them is allocated.
+    pub(super) zeros: u32,
 }
 
 /// Returns the offset of an L2 table, or `None` if there is no table.
@@ -67,8 +80,9 @@ pub(super) fn parse_l2(header: &Header, entry: u64, subclusters: u64) -> Result<
     }
     match reserved_at {
         _ if zero_flag && header.version < 3 => Err("a zero cluster in a version 2 image"),
-        Some(host_offset) if !zero_flag => Ok(Cluster::Data { host_offset }),
-        reserved_at => Ok(Cluster::Zero { reserved_at }),
+        _ if zero_flag => Ok(Cluster::Zero { reserved_at }),
+        Some(host_offset) => Ok(Cluster::Data { host_offset }),
+        None => Ok(Cluster::Unallocated),
     }
 }
 
@@ -81,19 +95,57 @@ fn parse_subclusters(reserved_at: Option<u64>, zero_flag: bool, map: u64) -> Res
     if allocated & zeros != 0 {
         return Err("a subcluster is both allocated and zero");
     }
-    match reserved_at {
-        None if allocated != 0 => Err("subclusters are allocated without a cluster"),
-        Some(host_offset) if allocated == u32::MAX => Ok(Cluster::Data { host_offset }),
-        Some(host_offset) if allocated != 0 => Ok(Cluster::Subclusters { host_offset, allocated }),
-        reserved_at => Ok(Cluster::Zero { reserved_at }),
+    match (reserved_at, allocated, zeros) {
+        (None, 1.., _) => Err("subclusters are allocated without a cluster"),
+        (Some(host_offset), u32::MAX, _) => Ok(Cluster::Data { host_offset }),
+        (reserved_at, _, u32::MAX) => Ok(Cluster::Zero { reserved_at }),
+        (None, _, 0) => Ok(Cluster::Unallocated),
+        (reserved_at, ..) => Ok(Cluster::Subclusters { reserved_at, map: SubclusterMap { allocated, zeros } }),
     }
 }
 
+/// The L2 entry of a cluster that reads as zeros and has no place in the file.
+pub(super) const ZERO_ENTRY: u64 = READS_AS_ZEROS;
+/// The only reference to what is at the offset is this entry.
+const COPIED: u64 = 1 << 63;
+
+/// Returns the L1 or L2 entry of a table or cluster that is referenced once.
+pub(super) fn plain_entry(host_offset: u64) -> u64 {
+    COPIED | host_offset
+}
+
+/// Returns the L2 entry of a compressed cluster; `len_bytes` is not zero and less than a cluster.
+pub(super) fn compressed_entry(host_offset: u64, len_bytes: u64, cluster_bits: u32) -> u64 {
+    let further_sectors = ((host_offset + len_bytes - 1) >> SECTOR_BITS) - (host_offset >> SECTOR_BITS);
+    COMPRESSED | further_sectors << compressed_offset_bits(cluster_bits) | host_offset
+}
+
+fn compressed_offset_bits(cluster_bits: u32) -> u32 {
+    62 - (cluster_bits - 8)
+}
+
 fn parse_compressed(entry: u64, cluster_bits: u32) -> CompressedRange {
-    let offset_bits = 62 - (cluster_bits - 8);
+    let offset_bits = compressed_offset_bits(cluster_bits);
     let host_offset = entry & ((1 << offset_bits) - 1);
     let further_sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
     let sector_rest = host_offset & ((1 << SECTOR_BITS) - 1);
     // At most 2^13 sectors: the shift cannot overflow.
     CompressedRange { host_offset, len_bytes: ((further_sectors + 1) << SECTOR_BITS) - sector_rest }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compressed_entries_cover_their_bytes_up_to_the_end_of_a_sector() {
+        for cluster_bits in 9..=21 {
+            for (host_offset, len_bytes) in [(512, 1), (512, 511), (1023, 1), (1023, 2), (0x1234_5678, 400)] {
+                let entry = compressed_entry(host_offset, len_bytes, cluster_bits);
+                let range = parse_compressed(entry, cluster_bits);
+                assert_eq!(range.host_offset, host_offset);
+                assert_eq!(range.end(), (host_offset + len_bytes).next_multiple_of(512));
+            }
+        }
+    }
 }

@@ -21,7 +21,7 @@
 
 use std::ops::Range;
 
-use crate::bytes::{be_u32, be_u64, to_usize};
+use crate::bytes::{be_u32, be_u64, to_u64, to_usize};
 use crate::disk::check_size;
 use crate::error::need;
 use crate::{Compression, FormatError, ReadAt};
@@ -33,13 +33,13 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const EXTENDED_L2_MIN_CLUSTER_BITS: u32 = 14;
 
 /// QEMU's own limit (`QCOW_MAX_L1_SIZE`).
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// QEMU's own limit (`QCOW_MAX_REFTABLE_SIZE`).
-const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// QEMU's own limit (`QCOW_MAX_SNAPSHOTS`).
 const MAX_SNAPSHOTS: u32 = 65536;
 /// The part of a snapshot table entry that every snapshot has.
-const SNAPSHOT_ENTRY_BYTES: u64 = 40;
+pub(super) const SNAPSHOT_ENTRY_BYTES: u64 = 40;
 /// QEMU's own limit for the name of a backing file.
 const MAX_NAME_BYTES: u32 = 1023;
 /// 2 to the power of 6 is 64 bits, the widest reference count.
@@ -69,25 +69,29 @@ pub(super) struct Header {
     /// How many L1 entries there are, which may be more than the disk needs.
     pub(super) l1_entries: u32,
     pub(super) refcount_table: Range<u64>,
+    /// The table as far as its length is known from the header.
     pub(super) snapshot_table: Range<u64>,
     pub(super) snapshots: u32,
     pub(super) dirty: bool,
     pub(super) compression: Compression,
     pub(super) extended_l2: bool,
+    /// The name of the backing file, which is never opened.
+    pub(super) backing_file: Option<String>,
 }
 
 impl Header {
-    /// Reads and checks the header of a file that begins with the magic number.
-    pub(super) fn read(file: &dyn ReadAt) -> Result<Self, FormatError> {
+    /// Reads and checks the header of a file that begins with the magic number. A backing file is an error unless
+    /// `has_parent` says that somebody supplies its content.
+    pub(super) fn read(file: &dyn ReadAt, has_parent: bool) -> Result<Self, FormatError> {
         let len_bytes = file.len_bytes();
         let max_cluster_bytes = 1_u64 << CLUSTER_BITS.end();
         let mut bytes = vec![0; to_usize(len_bytes.min(max_cluster_bytes))];
         file.read_exact_at(&mut bytes, 0).map_err(FormatError::read(0))?;
-        Self::parse(&bytes, len_bytes)
+        Self::parse(&bytes, len_bytes, has_parent)
     }
 
     /// Parses `bytes`, the beginning of a file of `len_bytes` bytes: the first cluster, and perhaps more.
-    fn parse(bytes: &[u8], len_bytes: u64) -> Result<Self, FormatError> {
+    fn parse(bytes: &[u8], len_bytes: u64, has_parent: bool) -> Result<Self, FormatError> {
         need(len_bytes, V2_HEADER_BYTES as u64, "the header")?;
         let version = be_u32(bytes, 4);
         let header_bytes = match version {
@@ -104,7 +108,7 @@ impl Header {
         if header_bytes > first_cluster.len() {
             return Err(FormatError::corrupt(format!("header of {header_bytes} bytes is larger than a cluster")));
         }
-        check_backing_file(first_cluster)?;
+        let backing_file = backing_file(first_cluster, has_parent)?;
         if be_u32(bytes, 32) != 0 {
             let what = if be_u32(bytes, 32) == 2 { "the content, with LUKS" } else { "the content, with AES" };
             return Err(FormatError::Encrypted { what });
@@ -125,6 +129,7 @@ impl Header {
             dirty: incompatible & DIRTY != 0,
             compression: compression(bytes, header_bytes, incompatible)?,
             extended_l2: incompatible & EXTENDED_L2 != 0,
+            backing_file,
         };
         header.check(bytes, len_bytes)?;
         Ok(header)
@@ -145,11 +150,7 @@ impl Header {
             return Err(FormatError::corrupt("no refcount table"));
         }
         let l1_table = table_range(self.l1_offset, u64::from(self.l1_entries) * 8)?;
-        if u64::from(self.l1_entries) < self.l1_entries_needed() {
-            let needed = self.l1_entries_needed();
-            let what = format!("L1 table too small: {} of {needed} entries", self.l1_entries);
-            return Err(FormatError::corrupt(what));
-        }
+        self.check_l1_covers_disk()?;
         self.check_table(&l1_table, MAX_L1_BYTES, "L1 table", "the L1 table", len_bytes)?;
         let reftable = (&self.refcount_table, MAX_REFCOUNT_TABLE_BYTES);
         self.check_table(reftable.0, reftable.1, "refcount table", "the refcount table", len_bytes)?;
@@ -159,7 +160,27 @@ impl Header {
         Ok(())
     }
 
-    fn check_table(
+    fn check_l1_covers_disk(&self) -> Result<(), FormatError> {
+        let needed = self.l1_entries_needed();
+        if u64::from(self.l1_entries) >= needed {
+            return Ok(());
+        }
+        Err(FormatError::corrupt(format!("L1 table too small: {} of {needed} entries", self.l1_entries)))
+    }
+
+    /// Returns the header as if the state of a snapshot were the current one.
+    ///
+    /// # Errors
+    /// If the disk of that time has no possible size, or more of it than the snapshot's L1 table maps.
+    pub(super) fn at_snapshot(&self, size_bytes: u64, l1_offset: u64, l1_entries: u32) -> Result<Self, FormatError> {
+        check_size(size_bytes)?;
+        let header = Self { size_bytes, l1_offset, l1_entries, ..self.clone() };
+        header.check_l1_covers_disk()?;
+        Ok(header)
+    }
+
+    /// Checks that a table is not too long, at a cluster, and in the file.
+    pub(super) fn check_table(
         &self,
         table: &Range<u64>,
         max_bytes: u64,
@@ -196,13 +217,18 @@ impl Header {
         self.l2_entries() << self.cluster_bits
     }
 
+    /// Where the L1 table is.
+    pub(super) fn l1_table(&self) -> Range<u64> {
+        self.l1_offset..self.l1_offset.saturating_add(u64::from(self.l1_entries) * 8)
+    }
+
     /// How many L1 entries the disk needs.
     pub(super) fn l1_entries_needed(&self) -> u64 {
         self.size_bytes.div_ceil(self.l2_coverage_bytes())
     }
 }
 
-fn table_range(offset: u64, bytes: u64) -> Result<Range<u64>, FormatError> {
+pub(super) fn table_range(offset: u64, bytes: u64) -> Result<Range<u64>, FormatError> {
     let end = offset.checked_add(bytes);
     let end = end.ok_or_else(|| FormatError::corrupt(format!("table at {offset:#x} does not end")))?;
     Ok(offset..end)
@@ -217,16 +243,26 @@ fn v3_header_bytes(bytes: &[u8], len_bytes: u64) -> Result<usize, FormatError> {
     Ok(header_bytes)
 }
 
-fn check_backing_file(first_cluster: &[u8]) -> Result<(), FormatError> {
+/// Returns the name of the backing file, or `None` if there is none; with a name, somebody must supply its content.
+fn backing_file(first_cluster: &[u8], has_parent: bool) -> Result<Option<String>, FormatError> {
     let offset = be_u64(first_cluster, 8);
     let len = be_u32(first_cluster, 16);
     if offset == 0 && len == 0 {
-        return Ok(());
+        if has_parent {
+            return Err(FormatError::ParentMismatch { reason: "the qcow2 image has no backing file".to_owned() });
+        }
+        return Ok(None);
     }
-    let name = usize::try_from(offset).ok().and_then(|offset| first_cluster.get(offset..)).unwrap_or_default();
-    let len = to_usize(u64::from(len.min(MAX_NAME_BYTES)));
-    let name = name.get(..len).unwrap_or(name);
-    Err(FormatError::HasBackingFile { name: String::from_utf8_lossy(name).into_owned() })
+    let rest = usize::try_from(offset).ok().and_then(|offset| first_cluster.get(offset..)).unwrap_or_default();
+    let name = rest.get(..to_usize(u64::from(len.min(MAX_NAME_BYTES)))).unwrap_or(rest);
+    let text = String::from_utf8_lossy(name).into_owned();
+    if !has_parent {
+        return Err(FormatError::HasBackingFile { name: text });
+    }
+    if offset == 0 || name.is_empty() || to_u64(name.len()) != u64::from(len) {
+        return Err(FormatError::corrupt(format!("backing file name of {len} bytes at {offset:#x}")));
+    }
+    Ok(Some(text))
 }
 
 fn check_features(incompatible: u64, extensions: &Extensions) -> Result<(), FormatError> {

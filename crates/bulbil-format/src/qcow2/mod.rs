@@ -1,4 +1,4 @@
-//! The qcow2 reader, versions 2 and 3, read only.
+//! qcow2, versions 2 and 3: read, and written as version 3.
 //!
 //! ```text
 //!   disk offset ─┬─ L1 index ──► L1 table   in memory, at most 32 MiB
@@ -16,18 +16,23 @@ use std::sync::Arc;
 
 use crate::bytes::{be_words, to_u64, to_usize};
 use crate::cache::SharedCache;
+use crate::detect::check_expansion;
 use crate::mapped::{BlockMap, CompressedRange, Mapped, Run, Source};
-use crate::{DiskInfo, Format, FormatError, OpenOptions, ReadAt};
+use crate::{DiskContent, DiskInfo, Format, FormatError, OpenOptions, ReadAt, SnapshotInfo};
 
 mod decode;
 mod entry;
 mod header;
+mod snapshots;
 mod validate;
+mod write;
 
 use decode::{Decoder, DecoderPool};
 use entry::{Cluster, SUBCLUSTER_BITS, parse_l1, parse_l2};
 use header::Header;
+use snapshots::Snapshots;
 use validate::{Census, split_entry, validate};
+pub(crate) use write::write;
 
 /// Memory for L2 tables; with clusters of 64 KiB they map 256 GiB of disk.
 const L2_CACHE_BYTES: u64 = 32 << 20;
@@ -38,6 +43,8 @@ const MAX_CACHE_ENTRIES: u64 = 16384;
 pub(crate) struct Qcow2Map {
     header: Header,
     census: Census,
+    /// All there are; one of them may be what is read.
+    snapshots: Vec<SnapshotInfo>,
     /// The entries the disk needs.
     l1: Box<[u64]>,
     l2_tables: SharedCache<Box<[u64]>>,
@@ -66,11 +73,23 @@ fn cache_entries(memory_bytes: u64, header: &Header) -> usize {
 }
 
 impl Qcow2Map {
-    /// Opens an image that begins with the magic number of qcow2, and checks all of its tables.
-    pub(crate) fn open(file: Arc<dyn ReadAt>, _options: &OpenOptions) -> Result<Mapped<Self>, FormatError> {
-        let header = Header::read(&*file)?;
+    /// Opens an image that begins with the magic number of qcow2, and checks all tables that are used.
+    pub(crate) fn open(file: Arc<dyn ReadAt>, options: &OpenOptions) -> Result<Mapped<Self>, FormatError> {
+        let header = Header::read(&*file, options.parent.is_some())?;
+        let snapshots = Snapshots::read(&*file, &header)?;
+        let mut tables = vec![header.l1_table(), header.refcount_table.clone(), snapshots.table.clone()];
+        tables.extend(snapshots.list.iter().map(|snapshot| snapshot.l1_table.clone()));
+        let header = match &options.snapshot {
+            None => header,
+            Some(wanted) => {
+                let found = snapshots.find(wanted)?;
+                header.at_snapshot(found.info.size_bytes, found.l1_table.start, found.l1_entries)?
+            }
+        };
         let l1 = read_words(&*file, header.l1_offset, header.l1_entries_needed() * 8)?;
-        let census = validate(&*file, &header, &l1)?;
+        let census = validate(&*file, &header, &tables, &l1)?;
+        // Of an image without a parent the caller checks this as well, but with one the sum is not known there.
+        check_expansion("a disk", census.data_bytes, file.len_bytes())?;
         tracing::debug!(
             version = header.version,
             cluster_bytes = header.cluster_bytes(),
@@ -79,12 +98,14 @@ impl Qcow2Map {
         );
         let map = Self {
             census,
+            snapshots: snapshots.list.into_iter().map(|snapshot| snapshot.info).collect(),
             l2_tables: SharedCache::new(cache_entries(L2_CACHE_BYTES, &header)),
             decoders: DecoderPool::new(header.compression),
             header,
             l1,
         };
-        Ok(Mapped::new(file, map, None))
+        let parent = options.parent.clone().map(|parent| parent as Arc<dyn DiskContent>);
+        Ok(Mapped::new(file, map, parent))
     }
 
     /// Returns the L2 table that maps a disk offset, or `None` if there is none.
@@ -141,12 +162,17 @@ impl Qcow2Map {
         let (entry, subclusters) = split_entry(table.get(index * words..(index + 1) * words).unwrap_or_default());
         let cluster = parse_l2(&self.header, entry, subclusters).map_err(FormatError::corrupt)?;
         Ok(match cluster {
+            Cluster::Unallocated => Source::Parent,
             Cluster::Zero { .. } => Source::Zero,
             Cluster::Data { host_offset } => Source::Host(host_offset + in_cluster),
             Cluster::Compressed(range) => Source::Compressed { range, skip_bytes: in_cluster },
-            Cluster::Subclusters { host_offset, allocated } => {
-                let stored = allocated & (1 << (in_cluster >> self.unit_bits())) != 0;
-                if stored { Source::Host(host_offset + in_cluster) } else { Source::Zero }
+            Cluster::Subclusters { reserved_at, map } => {
+                let bit = 1 << (in_cluster >> self.unit_bits());
+                match reserved_at {
+                    Some(host_offset) if map.allocated & bit != 0 => Source::Host(host_offset + in_cluster),
+                    _ if map.zeros & bit != 0 => Source::Zero,
+                    _ => Source::Parent,
+                }
             }
         })
     }
@@ -159,10 +185,15 @@ impl BlockMap for Qcow2Map {
         let header = &self.header;
         let mut info = DiskInfo::new(Format::Qcow2, header.size_bytes, file_bytes);
         info.variant = Some(format!("version {}", header.version));
-        info.data_bytes = Some(self.census.data_bytes);
+        // What the parent has is not counted here.
+        info.data_bytes = header.backing_file.is_none().then_some(self.census.data_bytes);
+        info.snapshots = self.snapshots.clone();
         info.cluster_bytes = Some(header.cluster_bytes());
         info.compression = Some(header.compression);
         info.compressed_clusters = self.census.compressed_clusters;
+        if let Some(name) = &header.backing_file {
+            info.notes.push(format!("has only what differs from its backing file, {name:?}"));
+        }
         if header.extended_l2 {
             info.notes.push("clusters are allocated in 32 parts each (extended L2)".to_owned());
         }
@@ -182,7 +213,7 @@ impl BlockMap for Qcow2Map {
 
     fn run_at(&self, file: &dyn ReadAt, offset: u64, wanted_bytes: u64) -> Result<Run, FormatError> {
         match self.l2_table(file, offset)? {
-            None => Ok(Run { len_bytes: self.unmapped_bytes(offset)?, source: Source::Zero }),
+            None => Ok(Run { len_bytes: self.unmapped_bytes(offset)?, source: Source::Parent }),
             Some(table) => self.run_in_table(&table, offset, wanted_bytes),
         }
     }

@@ -1,4 +1,4 @@
-//! The check of a whole image at open: every L1 and L2 entry of the active tree, once, in bounded memory.
+//! The check of a whole image at open: every L1 and L2 entry of the tree that is read, once, in bounded memory.
 //!
 //! What it proves, so that readers may rely on it:
 //!
@@ -7,8 +7,11 @@
 //!   header. Compressed clusters may share host clusters with each other, as QEMU packs them, but no two begin at the
 //!   same byte. Without this a file of 384 KiB can claim to be 1 TiB of data.
 //!
-//! Refcount blocks and the tables of internal snapshots are not followed: nothing here uses them. Entries beyond the
-//! end of the disk are not looked at, as they are never read.
+//! One tree is checked: that of the current state, or that of the snapshot which is read. Refcount blocks and the
+//! trees of other snapshots are not followed: nothing here uses them. Entries beyond the end of the disk are not looked
+//! at, as they are never read.
+
+use std::ops::Range;
 
 use crate::bytes::{to_u64, to_usize};
 use crate::claims::{ClusterSet, DUPLICATE_FINDER_KEYS, DuplicateFinder, referenced_twice};
@@ -35,9 +38,14 @@ pub(super) struct Census {
     pub(super) compressed_clusters: u64,
 }
 
-/// Checks the active tree of an image.
-pub(super) fn validate(file: &dyn ReadAt, header: &Header, l1: &[u64]) -> Result<Census, FormatError> {
-    let mut validator = Validator::new(file, header)?;
+/// Checks the tree below an L1 table; `tables` are all tables of the header and of snapshots, which it must not use.
+pub(super) fn validate(
+    file: &dyn ReadAt,
+    header: &Header,
+    tables: &[Range<u64>],
+    l1: &[u64],
+) -> Result<Census, FormatError> {
+    let mut validator = Validator::new(file, header, tables)?;
     let mut tables = Vec::new();
     for (index, entry) in l1.iter().enumerate() {
         let disk_offset = to_u64(index) * header.l2_coverage_bytes();
@@ -107,7 +115,7 @@ struct Validator<'a> {
 }
 
 impl<'a> Validator<'a> {
-    fn new(file: &dyn ReadAt, header: &'a Header) -> Result<Self, FormatError> {
+    fn new(file: &dyn ReadAt, header: &'a Header, tables: &[Range<u64>]) -> Result<Self, FormatError> {
         let len_bytes = file.len_bytes();
         let host_clusters = len_bytes.div_ceil(header.cluster_bytes());
         if host_clusters > MAX_HOST_CLUSTERS {
@@ -115,9 +123,8 @@ impl<'a> Validator<'a> {
             return Err(FormatError::TooLarge { what, limit: MAX_HOST_CLUSTERS });
         }
         let mut plain = ClusterSet::new(host_clusters);
-        let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8);
         plain.claim(0, header.cluster_bits)?;
-        for table in [&(header.l1_offset..l1_end), &header.refcount_table, &header.snapshot_table] {
+        for table in tables {
             for offset in table.clone().step_by(to_usize(header.cluster_bytes())) {
                 plain.claim(offset, header.cluster_bits)?;
             }
@@ -134,12 +141,13 @@ impl<'a> Validator<'a> {
 
     fn take(&mut self, disk_offset: u64, cluster: Cluster) -> Result<(), FormatError> {
         match cluster {
-            Cluster::Zero { reserved_at: None } => Ok(()),
-            // Space set aside is never read, so it need not be in the file.
-            Cluster::Zero { reserved_at: Some(host_offset) } if host_offset >= self.len_bytes => Ok(()),
-            Cluster::Zero { reserved_at: Some(host_offset) } => self.plain.claim(host_offset, self.header.cluster_bits),
+            Cluster::Unallocated => Ok(()),
+            Cluster::Zero { reserved_at } => self.take_reserved(reserved_at),
             Cluster::Data { host_offset } => self.take_data(disk_offset, host_offset, u32::MAX),
-            Cluster::Subclusters { host_offset, allocated } => self.take_data(disk_offset, host_offset, allocated),
+            Cluster::Subclusters { reserved_at: Some(host_offset), map } if map.allocated != 0 => {
+                self.take_data(disk_offset, host_offset, map.allocated)
+            }
+            Cluster::Subclusters { reserved_at, .. } => self.take_reserved(reserved_at),
             Cluster::Compressed(range) => self.take_compressed(disk_offset, range),
         }
     }
@@ -147,6 +155,16 @@ impl<'a> Validator<'a> {
     /// The part of a cluster within the disk.
     fn cluster_len(&self, disk_offset: u64) -> u64 {
         self.header.cluster_bytes().min(self.header.size_bytes.saturating_sub(disk_offset))
+    }
+
+    /// Space set aside is never read, so it need not be in the file.
+    fn take_reserved(&mut self, reserved_at: Option<u64>) -> Result<(), FormatError> {
+        match reserved_at {
+            Some(host_offset) if host_offset < self.len_bytes => {
+                self.plain.claim(host_offset, self.header.cluster_bits)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn take_data(&mut self, disk_offset: u64, host_offset: u64, allocated: u32) -> Result<(), FormatError> {

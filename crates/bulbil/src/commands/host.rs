@@ -18,6 +18,20 @@ pub(crate) fn kvm_probe() -> CliResult<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Reads an image for the daemon, or tells how well it would be held back doing so.
+pub(crate) fn image_reader(self_test: bool, printer: &Printer) -> CliResult<ExitCode> {
+    if self_test {
+        let test = bulbil_control::run_self_test()
+            .map_err(|e| CliError::new("cannot restrict this process").caused_by(e.to_string()))?;
+        let mut document = serde_json::to_vec(&test).expect("a report is plain data");
+        document.push(b'\n');
+        printer.raw(&document)?;
+        return Ok(if test.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    bulbil_control::run_image_reader()?;
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<ExitCode> {
     let search_path = std::env::var_os("PATH").unwrap_or_default();
     let mut report = HostReport::of_this_host(data_root, &daemon::own_program()?, &search_path).await;

@@ -1,21 +1,22 @@
 //! `bulbil image …`
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bulbil_api::Event;
-use bulbil_control::{ErrorCode, ImageRecord, ImportRequest};
+use bulbil_control::{ErrorCode, ExportRequest, ImageRecord, ImportRequest};
 use bulbil_types::ByteSize;
 
-use super::Context;
+use super::{Context, disk};
 use crate::cli::{ImageCommand, NameAndVersion};
+use crate::cli_disk::{ExportArgs, InputArgs};
 use crate::error::{CliError, CliResult};
 use crate::output::{fields, table};
 use crate::progress;
 
 pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResult<()> {
     match command {
-        ImageCommand::Import { file, name, format } => {
-            let image = import(context, &file, name, format).await?;
+        ImageCommand::Import { file, name, format, input } => {
+            let image = import(context, &file, name, format, input).await?;
             context.printer.result(&image, || image.id.to_string())
         }
         ImageCommand::List => list(context).await,
@@ -23,6 +24,7 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
             let found = context.client.image(&image).await.map_err(|e| with_image_hint(e.into()))?;
             context.printer.result(&found, || describe(&found))
         }
+        ImageCommand::Export(arguments) => export(context, arguments).await,
         ImageCommand::Rm { images } => remove(context, &images).await,
     }
 }
@@ -33,27 +35,23 @@ pub(crate) async fn import(
     file: &Path,
     name: Option<NameAndVersion>,
     format: Option<String>,
+    input: InputArgs,
 ) -> CliResult<ImageRecord> {
-    // Not canonical: the image is named after the file that was typed, not what a link leads to.
-    let path = std::path::absolute(file).and_then(|path| std::fs::metadata(&path).map(|_| path));
-    let path = path.map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
-    if path.to_str().is_none() {
-        let text = format!("cannot import `{}`", file.display());
-        return Err(CliError::new(text)
-            .caused_by("its path is not valid UTF-8")
-            .hint("rename it, or give it a link with another name"));
-    }
+    let path = absolute(file, file)?;
     let (name, version) = name.map_or((None, None), |n| (Some(n.name), n.version));
-    let request = ImportRequest { path, name, version, format };
+    let parents = input.parent.iter().map(|parent| absolute(file, parent)).collect::<CliResult<_>>()?;
+    let extent_dir = input.extent_dir.map(|directory| absolute(file, &directory)).transpose()?;
+    let (snapshot, allow_unsandboxed) = (input.snapshot, input.no_sandbox);
+    let request = ImportRequest { path, name, version, format, parents, extent_dir, snapshot, allow_unsandboxed };
     let started = std::time::Instant::now();
     let with_hints = |e: bulbil_api::ClientError| {
         CliError::from(e)
             .hint_for(ErrorCode::InUse, "give it another version: --as NAME:VERSION, or see: bulbil image list")
             .hint_for(ErrorCode::NoSpace, "free some space, or choose another --data-dir")
-            .hint_from_causes(file)
+            .hint_from_causes(file, "--format")
     };
     let mut events = context.client.import(&request).await.map_err(with_hints)?;
-    let bar = progress::import_bar();
+    let bar = progress::data_bar("importing");
     let mut imported = None;
     while let Some(event) = events.next().await.map_err(with_hints).inspect_err(|_| bar.finish_and_clear())? {
         match event {
@@ -77,6 +75,52 @@ pub(crate) async fn import(
         ByteSize(image.stored_bytes),
     ));
     Ok(image)
+}
+
+/// The absolute path of something that exists and is needed to import `file`.
+fn absolute(file: &Path, typed: &Path) -> CliResult<PathBuf> {
+    // Not canonical: the image is named after the file that was typed, not what a link leads to.
+    let path = std::path::absolute(typed).and_then(|path| std::fs::metadata(&path).map(|_| path));
+    let path = path.map_err(|e| CliError::io(format!("cannot open `{}`", typed.display()), &e))?;
+    if path.to_str().is_none() {
+        let what = if typed == file { "its path".to_owned() } else { format!("the path `{}`", typed.display()) };
+        return Err(CliError::new(format!("cannot import `{}`", file.display()))
+            .caused_by(format!("{what} is not valid UTF-8"))
+            .hint("rename it, or give it a link with another name"));
+    }
+    Ok(path)
+}
+
+/// Exports an image while a bar shows how it goes.
+async fn export(context: &Context<'_>, arguments: ExportArgs) -> CliResult<()> {
+    let ExportArgs { image, file, target } = arguments;
+    let options = target.options(&file, false)?;
+    let cannot_write = format!("cannot write `{}`", file.display());
+    let path = std::path::absolute(&file).map_err(|e| CliError::io(&*cannot_write, &e))?;
+    if path.to_str().is_none() {
+        return Err(CliError::new(cannot_write).caused_by("its path is not valid UTF-8").hint("choose another name"));
+    }
+    let request = ExportRequest { path, target: options, replace: target.force };
+    let started = std::time::Instant::now();
+    let with_hints = |e: bulbil_api::ClientError| with_export_hints(e.into());
+    let mut events = context.client.export(&image, &request).await.map_err(with_hints)?;
+    let bar = progress::data_bar("exporting");
+    let mut written = None;
+    while let Some(event) = events.next().await.map_err(with_hints).inspect_err(|_| bar.finish_and_clear())? {
+        match event {
+            Event::ExportProgress(step) => progress::show_export(&bar, step),
+            Event::File { file } => written = Some(*file),
+            _ => {}
+        }
+    }
+    bar.finish_and_clear();
+    let written = written.ok_or_else(|| CliError::new("the daemon did not say what it exported"))?;
+    disk::tell_written(context.printer, &written, started)
+}
+
+fn with_export_hints(error: CliError) -> CliError {
+    let error = disk::with_output_hints(error);
+    if error.message.contains("there is no image") { with_image_hint(error) } else { error }
 }
 
 async fn list(context: &Context<'_>) -> CliResult<()> {

@@ -40,7 +40,7 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
         }
         // What is wrong must not be found out after a long import.
         context.client.check_launch(&request).await.map_err(|e| with_launch_hints(e.into(), &request))?;
-        let imported = image::import(context, &file, None, None).await.map_err(|mut error| {
+        let imported = image::import(context, &file, None, None, arguments.input).await.map_err(|mut error| {
             if error.code == Some(ErrorCode::InUse) {
                 let file = file.display();
                 error.hint = Some(format!(

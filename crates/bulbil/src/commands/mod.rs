@@ -1,6 +1,7 @@
 //! What each command does.
 
 mod console;
+mod disk;
 mod host;
 mod image;
 mod instance;
@@ -37,6 +38,20 @@ pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
             log_to_stderr("info");
             bulbil_control::shim::run_shim(&data_root()?, &instance, daemon::own_program()?)?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Disk(command) => {
+            log_to_stderr("warn");
+            disk::run(command, printer)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::DiskConverter => {
+            log_to_stderr("warn");
+            bulbil_control::convert_worker(std::io::stdin(), std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::ImageReader { self_test } => {
+            log_to_stderr("warn");
+            host::image_reader(self_test, printer)
         }
         Command::KvmProbe => host::kvm_probe(),
         Command::Completion { shell } => {
@@ -90,6 +105,9 @@ async fn run_client(command: Command, data_root: PathBuf, printer: &Printer) -> 
         | Command::Shutdown
         | Command::Serve { .. }
         | Command::Shim { .. }
+        | Command::Disk(_)
+        | Command::DiskConverter
+        | Command::ImageReader { .. }
         | Command::KvmProbe
         | Command::Completion { .. } => {}
     }
