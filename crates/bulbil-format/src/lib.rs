@@ -1,8 +1,9 @@
-//! Reads disk image formats safely and writes seed disks.
+//! Reads disk image formats safely, writes them, and writes seed disks.
 //!
 //! An image comes from somebody else. This crate turns it into a [`Disk`] of which every table was checked, or into a
-//! [`FormatError`] that says in a word why not. It knows no paths but the one of [`FileReader::open`], opens no other
-//! file whatever an image asks for, runs no other program and has no unsafe code.
+//! [`FormatError`] that says in a word why not. It opens no other file whatever an image asks for, but those the caller
+//! names: the one of [`FileReader::open`], a parent, the extents an [`OpenGate`] lets through. It runs no other program
+//! and has no unsafe code. The other way round, [`convert`] writes what any [`DiskContent`] holds as a new image file.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
@@ -29,10 +30,17 @@
 //! | format | accepted | refused, by code |
 //! |---|---|---|
 //! | raw | a regular file or block device with a partition table, boot sector or known file system; anything but a container when declared `raw` | `not-a-disk`, `virtual-size` |
-//! | qcow2 | versions 2 and 3, clusters of 512 B to 2 MiB, zlib and zstd, zero and preallocated clusters, extended L2 entries, lazy refcounts and images not closed cleanly; the current state or an internal snapshot; with a backing file if its content is supplied as parent | `has-backing-file`, `parent-mismatch`, `no-such-snapshot`, `external-data-file`, `encrypted`, `marked-corrupt`, `unsupported-feature`, `corrupt`, `truncated`, `too-large`, `virtual-size` |
-//! | VHD, VHDX, VMDK, VDI, QED, Parallels, Bochs, cloop, DMG, qcow version 1 | never, not even declared `raw` | `unsupported-format`, `format-mismatch` |
-//! | ISO 9660, archives, programs, scripts, LUKS | only declared `raw` | `unsupported-format`, `encrypted` |
+//! | qcow2 | versions 2 and 3, clusters of 512 B to 2 MiB, zlib and zstd, zero and preallocated clusters, extended L2 entries, lazy refcounts and images not closed cleanly; the current state or an internal snapshot; with a backing file if its content is supplied as parent | `has-backing-file`, `parent-mismatch`, `no-such-snapshot`, `external-data-file`, `encrypted`, `marked-corrupt`, `unsupported-feature` |
+//! | VHD | fixed, dynamic; differencing if its parent is supplied | `differencing`, `parent-mismatch`, `checksum` |
+//! | VHDX | dynamic, fixed, sectors of 4 KiB, a log that was not replayed | `differencing`, `checksum`, `unsupported-feature` |
+//! | VMDK | monolithicSparse, streamOptimized; flat and split extents if an [`OpenGate`] opens them | `external-extent`, `differencing`, `bad-descriptor`, `encrypted` |
+//! | VDI | dynamic, static | `unsupported-format` |
+//! | gzip, xz, Zstandard; OVA, tar of a `disk.raw` | with one of the above inside | `bad-archive`, `too-much-data`, `no-scratch` |
+//! | QED, Parallels, Bochs, cloop, DMG, COWD, seSparse, qcow version 1 | never, not even declared `raw` | `unsupported-format`, `format-mismatch` |
+//! | ISO 9660, tar, other archives, programs, scripts, LUKS | only declared `raw` | `unsupported-format`, `encrypted` |
 //! | two formats in one file | never, unless all are of the row above and `raw` is declared | `ambiguous-format` |
+//!
+//! Any of them may be `corrupt`, `truncated` or `too-large`. `docs/formats` has a page for each, and one for the codes.
 //!
 //! The format of a disk that a guest has written is a stored fact: never ask [`open_disk`] about it without declaring
 //! it, for the guest may have written any header it likes.
@@ -42,11 +50,13 @@
 //! | what | limit | why |
 //! |---|---|---|
 //! | disk | [`bulbil_types::MAX_DISK_BYTES`], 64 TiB | the largest cloud volumes |
-//! | L1 table; refcount table; snapshots | 32 MiB; 8 MiB; 65536 | those of QEMU |
-//! | clusters of a qcow2 file | 2^30 | two maps of 128 MiB find clusters referenced twice |
-//! | compressed clusters | 2^28 | each 8 Mi of them cost a pass over the L2 tables at open |
-//! | L2 tables in memory | 32 MiB | |
+//! | content of one file | 1032 times its length, or 2 GiB | what deflate does with zeros |
+//! | clusters of a qcow2 file; compressed ones | 2^30; 2^28 | two maps of 128 MiB find clusters referenced twice |
+//! | blocks of a VHD; of a VDI | 2^23; 2^24 | their maps are kept in memory |
+//! | VHDX log that is replayed | 64 MiB | kept in memory |
 //! | decoded clusters in memory | 16 MiB | |
+//!
+//! The pages of the formats have the rest.
 //!
 //! How much a disk holds ([`DiskInfo::data_bytes`]) is known once it is open, so that a caller can refuse what is over
 //! its budget before any work. Compressed data is decoded at reading, and only then is it known to be damaged.
@@ -56,13 +66,19 @@
 //! ```text
 //! read_at   positioned reads of files and memory, holes found    ReadAt, FileReader
 //! detect    what a file is                                       open_disk
-//! disk      what every opened image can do                       Disk, Extent, DiskInfo
+//! packed    gzip, xz, Zstandard: unpacked first
+//! archive   OVA, tar: the disk inside
+//! open      what the caller allows an image                      OpenOptions, OpenGate, ExtentDirectory
+//! disk      what every opened image can do                       Disk, DiskContent, Extent, DiskInfo
+//! mapped    a map of clusters becomes a disk                     (claims: nothing is used twice)
 //! raw       the file is the disk
 //! qcow2     header ► validate ► run_at ► read
-//!   header    fields, extensions and their bounds
-//!   entry     what one L1 or L2 entry says
-//!   validate  one pass over all tables at open
-//!   decode    compressed clusters
+//! vhd       footer ► header ► map
+//! vhdx      header ► log ► metadata ► bat
+//! vmdk      header, descriptor ► sparse | split
+//! vdi       header ► map
+//! convert   threads: prepare ► place ► write ► finish            convert, Target
+//! write_at  positioned writes of a new file                      WriteAt
 //! cache     bounded, each entry made once for all threads
 //! error     why not                                              FormatError
 //! seed      ISO 9660 seed disks for cloud-init

@@ -12,9 +12,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bulbil_format::{
-    Disk, ExtentDirectory, FileReader, Format, FormatError, OpenGate, OpenOptions, ReadAt, open_disk,
-};
+use bulbil_format::{Disk, ExtentDirectory, FileReader, Format, FormatError, OpenGate, OpenOptions, ReadAt, open_disk};
 use images::*;
 use support::Rng;
 

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Where the disk is the image file byte for byte, which the reader finds out, the daemon reads it there: nothing is
-//! parsed in that, and a tenth of the processor time is saved.
+//! parsed in that, and 5 to 11 % of the processor time of an import is saved.
 //!
 //! Neither side believes the other's lengths. What the reader says is checked as strictly as an image: a reader that
 //! was taken over can give a disk any content and any error, as the image itself could, and nothing more.

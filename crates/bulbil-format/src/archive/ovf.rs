@@ -16,6 +16,11 @@ use super::bad;
 /// Far more than any description has, so that a small text does not become a large tree.
 const MAX_NODES: u32 = 50_000;
 
+/// Two quotes for each attribute: far more than any element has. The parser compares each one with all before it.
+const MAX_QUOTES_IN_TAG: usize = 2048;
+/// Far more than any description declares. The parser looks through those in scope for each name with a prefix.
+const MAX_NAMESPACES: usize = 512;
+
 /// The file that a description says is the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct DiskFile {
@@ -28,6 +33,7 @@ pub(super) struct DiskFile {
 pub(super) fn disk_file(text: &[u8]) -> Result<DiskFile, FormatError> {
     let text = std::str::from_utf8(text).map_err(|_| bad("the OVF is not text in UTF-8"))?;
     let text = text.trim_start_matches('\u{feff}').trim_matches(['\0', ' ', '\r', '\n', '\t']);
+    check_work(text)?;
     let options = ParsingOptions { allow_dtd: false, nodes_limit: MAX_NODES, ..ParsingOptions::default() };
     let document = Document::parse_with_options(text, options).map_err(|error| bad(xml_error(&error)))?;
     let envelope = document.root_element();
@@ -49,6 +55,19 @@ pub(super) fn disk_file(text: &[u8]) -> Result<DiskFile, FormatError> {
 fn xml_error(error: &roxmltree::Error) -> String {
     let message = error.to_string();
     format!("the OVF: {}", message.chars().filter(|c| !c.is_control()).collect::<String>())
+}
+
+/// Refuses a text that is short but would take the parser long.
+fn check_work(text: &str) -> Result<(), FormatError> {
+    // A value cannot have a `<` in it, so that between two of them there is one tag at most.
+    let quotes = |part: &str| part.bytes().filter(|byte| matches!(byte, b'"' | b'\'')).count();
+    if text.split('<').any(|part| quotes(part) > MAX_QUOTES_IN_TAG) {
+        return Err(bad("the OVF has an element with too many attributes"));
+    }
+    if text.matches("xmlns").count() > MAX_NAMESPACES {
+        return Err(bad("the OVF declares too many namespaces"));
+    }
+    Ok(())
 }
 
 /// Returns what the one disk calls its file.

@@ -65,6 +65,10 @@ fn xz_wide_dictionary() -> Vec<u8> {
     file
 }
 
+fn attributes(count: u32, prefix: &str) -> String {
+    (0..count).map(|n| format!(" {prefix}a{n:x}='{n}'")).collect()
+}
+
 pub(crate) fn cases() -> Vec<Case> {
     [disks(), descriptions(), members(), compressed()].into_iter().flatten().collect()
 }
@@ -87,9 +91,7 @@ fn disks() -> Vec<Case> {
             let description = ovf(&[("a.vmdk", image.len())]);
             tar(&[("vm.ovf", &description), ("other.ovf", &description), ("a.vmdk", &image)])
         }),
-        Case::new("ova-in-ova", 13, "work for each layer", refused, |_| {
-            ova("inner.ova", &ova("disk.vmdk", &vmdk()))
-        }),
+        Case::new("ova-in-ova", 13, "work for each layer", refused, |_| ova("inner.ova", &ova("disk.vmdk", &vmdk()))),
         Case::new("ova-disk-with-backing-file", 1, "CVE-2015-5163 one layer below", &["has-backing-file"], |canary| {
             let name = canary.to_str().unwrap().as_bytes();
             let image = qemu("qcow2", "-o cluster_size=4k");
@@ -101,9 +103,7 @@ fn disks() -> Vec<Case> {
             let extent = format!("RW 128 FLAT \"{}\" 0", canary.display());
             ova("disk.vmdk", &vmdk_descriptor("monolithicFlat", "ffffffff", &extent))
         }),
-        Case::new("ova-disk-damaged", 11, "damage on the way", &["checksum"], |_| {
-            ova_with_manifest(&"0".repeat(64))
-        }),
+        Case::new("ova-disk-damaged", 11, "damage on the way", &["checksum"], |_| ova_with_manifest(&"0".repeat(64))),
         Case::new("ova-disk-too-short", 11, "missing content", &["truncated"], |_| {
             let image = vmdk();
             tar(&[("vm.ovf", &ovf(&[("disk.vmdk", image.len() + 1)])), ("disk.vmdk", &image)])
@@ -134,11 +134,34 @@ fn descriptions() -> Vec<Case> {
             ova_with_description(&(text + "]><Envelope>&e29;</Envelope>"))
         }),
         Case::new("ova-external-entity", 19, "a file of the host in the text", &["bad-archive"], |canary| {
-            let text = format!("<!DOCTYPE a [<!ENTITY e SYSTEM \"file://{}\">]><Envelope>&e;</Envelope>", canary.display());
+            let text =
+                format!("<!DOCTYPE a [<!ENTITY e SYSTEM \"file://{}\">]><Envelope>&e;</Envelope>", canary.display());
             ova_with_description(&text)
         }),
         Case::new("ova-deep-description", 9, "the stack of the parser", &["bad-archive"], |_| {
             ova_with_description(&"<Envelope>".repeat(60_000))
+        }),
+        Case::new("ova-many-attributes", 9, "work for each pair of attributes", &["bad-archive"], |_| {
+            ova_with_description(&format!("<Envelope{}/>", attributes(60_000, "")))
+        }),
+        Case::new("ova-many-attributes-behind-a-comment", 9, "an apostrophe that hides them", &["bad-archive"], |_| {
+            ova_with_description(&format!("<!-- ' --><Envelope{}/>", attributes(60_000, "")))
+        }),
+        Case::new("ova-elements-with-many-attributes", 9, "the most that is parsed", &["bad-archive"], |_| {
+            let element = format!("<a{}/>", attributes(1000, ""));
+            ova_with_description(&format!("<Envelope>{}</Envelope>", element.repeat((1 << 20) / element.len() - 1)))
+        }),
+        Case::new("ova-many-namespaces", 9, "work for each name and namespace", &["bad-archive"], |_| {
+            let nodes: String = (0..8_000).map(|n| format!("<a{n:x}:b/>")).collect();
+            ova_with_description(&format!("<Envelope{}>{nodes}</Envelope>", attributes(40_000, "xmlns:")))
+        }),
+        Case::new("ova-names-of-many-namespaces", 9, "the most that is parsed", &["bad-archive"], |_| {
+            let nodes = "<a1ff:b/>".repeat(48_000);
+            ova_with_description(&format!("<Envelope{}>{nodes}</Envelope>", attributes(512, "xmlns:")))
+        }),
+        Case::new("ova-nested-namespaces", 9, "the most that is parsed", &["bad-archive"], |_| {
+            let open: String = (0..500).map(|n| format!("<b xmlns:a{n:x}='{n}'>")).collect();
+            ova_with_description(&format!("<Envelope>{open}{}</Envelope>", "</b>".repeat(500)))
         }),
         Case::new("ova-description-of-64-MiB", 9, "memory for the text", &["too-large"], |_| {
             tar_header("vm.ovf", 64 << 20, b'0')
@@ -152,13 +175,19 @@ fn members() -> Vec<Case> {
         Case::new("tar-member-past-end", 11, "reads past the file", &["truncated"], |_| {
             tar_of("disk.raw", 1 << 30, b'0')
         }),
-        Case::new("tar-member-that-overflows", 9, "an offset that wraps", &["corrupt", "bad-archive", "truncated"], |_| {
-            let mut archive = tar_of("disk.raw", 0, b'0');
-            // The length as a number of twelve bytes, not as digits.
-            archive[124..136].fill(0xff);
-            fix_tar_sum(&mut archive[..512]);
-            archive
-        }),
+        Case::new(
+            "tar-member-that-overflows",
+            9,
+            "an offset that wraps",
+            &["corrupt", "bad-archive", "truncated"],
+            |_| {
+                let mut archive = tar_of("disk.raw", 0, b'0');
+                // The length as a number of twelve bytes, not as digits.
+                archive[124..136].fill(0xff);
+                fix_tar_sum(&mut archive[..512]);
+                archive
+            },
+        ),
         Case::new("tar-symlink", 19, "a name that leads elsewhere", &["bad-archive"], |canary| {
             let mut header = tar_header("disk.raw", 0, b'2');
             let target = canary.to_str().unwrap().as_bytes();
@@ -191,9 +220,7 @@ fn compressed() -> Vec<Case> {
         Case::new("gzip-of-zeros", 13, "64 KiB are 64 MiB of nothing", &["not-a-disk"], |_| gzip(&vec![0; 64 << 20])),
         Case::new("zstd-bomb", 13, "CVE-2013-4469: 128 KiB are 4 GiB", &["too-much-data"], |_| zstd_bomb(32 << 10))
             .max_time(Duration::from_secs(10)),
-        Case::new("zstd-wide-window", 13, "CVE-2015-5162: memory for the window", &["corrupt"], |_| {
-            zstd_wide_window()
-        }),
+        Case::new("zstd-wide-window", 13, "CVE-2015-5162: memory for the window", &["corrupt"], |_| zstd_wide_window()),
         Case::new("xz-wide-dictionary", 13, "CVE-2015-5162: memory for the dictionary", &["corrupt"], |_| {
             xz_wide_dictionary()
         }),

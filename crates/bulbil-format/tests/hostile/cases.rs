@@ -50,7 +50,17 @@ impl Case {
         codes: &'static [&'static str],
         make: fn(&Path) -> Vec<u8>,
     ) -> Self {
-        Self { name, rule, attacks, declared: None, codes, make, file_bytes: None, max_time: MAX_TIME, max_resident_kib: MAX_RESIDENT_KIB }
+        Self {
+            name,
+            rule,
+            attacks,
+            declared: None,
+            codes,
+            make,
+            file_bytes: None,
+            max_time: MAX_TIME,
+            max_resident_kib: MAX_RESIDENT_KIB,
+        }
     }
 
     fn declared(self, format: Format) -> Self {

@@ -2,9 +2,9 @@
 
 use bulbil_format::Format;
 
+use super::super::support::run;
 use super::Case;
 use super::images::*;
-use super::super::support::run;
 
 fn with_magic(at: usize, magic: &[u8]) -> Vec<u8> {
     poked(vec![0; 70_144], &[(at, magic)])

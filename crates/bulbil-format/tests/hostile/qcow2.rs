@@ -178,9 +178,7 @@ fn pretenders() -> Vec<Case> {
 
 fn sizes() -> Vec<Case> {
     vec![
-        Case::new("qcow2-size-0", 8, "a division by the size", &["virtual-size"], |_| {
-            poked(image(), &[(24, &[0; 8])])
-        }),
+        Case::new("qcow2-size-0", 8, "a division by the size", &["virtual-size"], |_| poked(image(), &[(24, &[0; 8])])),
         Case::new("qcow2-size-64-TiB-and-more", 8, "CVE-2013-2096: larger than any flavor", &["virtual-size"], |_| {
             poked(image(), &[(24, &((64_u64 << 40) + 512).to_be_bytes())])
         }),

@@ -110,14 +110,18 @@ fn vmdk(add: Add<'_>) {
     for kind in ["monolithicSparse", "streamOptimized"] {
         add("vmdk", kind, PLAIN, &qemu("vmdk", &format!("-o subformat={kind}")));
     }
-    let flat = |kind, parent| vmdk_descriptor(kind, parent, "RW 128 FLAT \"disk-flat.vmdk\" 0");
-    add("vmdk", "flat", GATE, &flat("monolithicFlat", "ffffffff"));
-    add("vmdk", "child", GATE | PARENT, &flat("monolithicFlat", "12345678"));
-    let two = "RW 128 SPARSE \"disk-s001.vmdk\"\nRW 64 ZERO\nRW 1 FLAT \"disk-f001.vmdk\" 2";
-    add("vmdk", "split", GATE, &vmdk_descriptor("twoGbMaxExtentSparse", "ffffffff", two));
-    // Every name is the file itself: the sparse extent of a sparse image with a descriptor inside.
+    // Every name is what comes after the first 64 KiB.
+    let with_rest = |descriptor: &[u8], rest: &[u8]| {
+        let mut image = descriptor.to_vec();
+        image.resize(64 << 10, 0);
+        [&image, rest].concat()
+    };
+    let flat = |kind, parent| vmdk_descriptor(kind, parent, "RW 100 FLAT \"disk-flat.vmdk\" 28\nRW 28 FLAT \"b\" 0");
+    add("vmdk", "flat", GATE, &with_rest(&flat("twoGbMaxExtentFlat", "ffffffff"), &small_content()));
+    add("vmdk", "child", GATE | PARENT, &with_rest(&flat("monolithicFlat", "12345678"), &small_content()));
     let sparse = qemu("vmdk", "-o subformat=monolithicSparse");
-    add("vmdk", "sparse-with-gate", GATE | UNDECLARED, &sparse);
+    let two = "RW 128 SPARSE \"disk-s001.vmdk\"\nRW 64 ZERO\nRW 128 SPARSE \"disk-s002.vmdk\"";
+    add("vmdk", "split", GATE, &with_rest(&vmdk_descriptor("twoGbMaxExtentSparse", "ffffffff", two), &sparse));
 }
 
 fn vdi(add: Add<'_>) {

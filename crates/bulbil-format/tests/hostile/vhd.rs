@@ -92,9 +92,7 @@ fn tables() -> Vec<Case> {
         Case::new("vhd-block-of-3000-bytes", 15, "a division with a rest", &["corrupt"], |_| {
             with_header_word(32, &3000_u32.to_be_bytes())
         }),
-        Case::new("vhd-block-of-0-bytes", 15, "a division by zero", &["corrupt"], |_| {
-            with_header_word(32, &[0; 4])
-        }),
+        Case::new("vhd-block-of-0-bytes", 15, "a division by zero", &["corrupt"], |_| with_header_word(32, &[0; 4])),
         Case::new("vhd-table-too-small", 15, "reads past the table", &["corrupt"], |_| {
             with_footer_word(image(), 48, &(1_u64 << 40).to_be_bytes())
         }),

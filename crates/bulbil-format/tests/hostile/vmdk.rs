@@ -81,17 +81,19 @@ fn names() -> Vec<Case> {
             let extents = format!("RW 128 SPARSE \"{}\"", canary.display());
             vmdk_descriptor("twoGbMaxExtentSparse", NO_PARENT, &extents)
         }),
-        Case::new("vmdk-sparse-names-flat", 14, attack, refused, |canary| {
-            with_descriptor(&flat_of(canary))
-        }),
+        Case::new("vmdk-sparse-names-flat", 14, attack, refused, |canary| with_descriptor(&flat_of(canary))),
         Case::new("vmdk-padded-descriptor", 14, "a text that passes for raw", refused, |canary| {
             let mut descriptor = flat_of(canary);
             descriptor.resize(64 << 10, 0);
             descriptor
         }),
-        Case::new("vmdk-device", 14, "CVE-2022-47951: the extent is a disk of the host", &["unsupported-format"], |_| {
-            vmdk_descriptor("fullDevice", NO_PARENT, "RW 128 FLAT \"/dev/sda\" 0")
-        }),
+        Case::new(
+            "vmdk-device",
+            14,
+            "CVE-2022-47951: the extent is a disk of the host",
+            &["unsupported-format"],
+            |_| vmdk_descriptor("fullDevice", NO_PARENT, "RW 128 FLAT \"/dev/sda\" 0"),
+        ),
     ]
 }
 
@@ -124,10 +126,8 @@ fn descriptors() -> Vec<Case> {
         Case::new("vmdk-5000-extents", 9, "work for each line", &["bad-descriptor"], |_| {
             vmdk_descriptor("twoGbMaxExtentFlat", NO_PARENT, &"RW 8 ZERO\n".repeat(5000))
         }),
-        Case::new("vmdk-descriptor-of-2-MiB", 9, "memory for the text", &["too-large"], |_| {
-            flat("a")
-        })
-        .file_bytes(2 << 20),
+        Case::new("vmdk-descriptor-of-2-MiB", 9, "memory for the text", &["too-large"], |_| flat("a"))
+            .file_bytes(2 << 20),
         Case::new("vmdk-two-sizes", 9, "reads past the tables", &["bad-descriptor"], |_| {
             with_descriptor(&vmdk_descriptor("monolithicSparse", NO_PARENT, "RW 262144 SPARSE \"disk.vmdk\""))
         }),
