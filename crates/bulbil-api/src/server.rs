@@ -143,7 +143,11 @@ fn stream_work<Step: Send + 'static, Work: Future<Output = Result<Event, Control
         let (progress_sender, mut progress) = mpsc::channel(EVENTS_AHEAD);
         let listening = events.clone();
         let forward = tokio::spawn(async move {
-            while let Some(step) = progress.recv().await {
+            // Work that makes no step must hear of it, too.
+            while let Some(step) = tokio::select! {
+                step = progress.recv() => step,
+                () = listening.closed() => None,
+            } {
                 if listening.send(event_of(step)).await.is_err() {
                     return;
                 }

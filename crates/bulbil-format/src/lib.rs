@@ -96,6 +96,7 @@ mod convert;
 mod detect;
 mod disk;
 mod error;
+mod holes;
 mod layer;
 mod mapped;
 mod open;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::import::DataDir;
 use super::process::{Cost, disk_usage_bytes, fresh_directory, timed};
 use super::report::{Better, Report};
 use super::{Bed, bench_dir, disks, mib};
@@ -66,9 +67,8 @@ pub(crate) fn run(bed: &Bed, report: &mut Report) -> Result<()> {
     let raw = disks::huge()?;
     let out = Output::new(bed)?;
     for variant in VARIANTS {
-        disks::warm_up(&source(&raw, variant)?)?;
+        source(&raw, variant)?;
     }
-    disks::warm_up(&raw)?;
     let unchanged =
         Variant { label: "raw", file: "copy.raw", qemu_format: "raw", qemu: &[], bulbil: &["--format", "raw"] };
     for round in 1..=bed.rounds {
@@ -81,6 +81,7 @@ pub(crate) fn run(bed: &Bed, report: &mut Report) -> Result<()> {
         }
         convert_both(bed, report, &out, "raw to raw", round, (&raw, "raw"), &unchanged)?;
     }
+    export(bed, report, &out, &raw)?;
     report.note(format!("formats: images are written to {}; qemu-img does not sync them", out.dir.display()));
     report.note("formats: qemu-img compresses with -m 8 -W where it can");
     Ok(())
@@ -138,6 +139,7 @@ fn convert_both(
         (BULBIL, out.dir.join(format!("bulbil-{}", target.file))),
         (QEMU, out.dir.join(format!("qemu-{}", target.file))),
     ];
+    disks::warm_up(source.0)?;
     let order = if round.is_multiple_of(2) { [1, 0] } else { [0, 1] };
     let mut results = [None, None];
     for index in order {
@@ -156,6 +158,33 @@ fn convert_both(
             add(report, label, program, cost, bytes);
         }
         std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Exports the disk out of a store, beside `qemu-img` out of the format of like size and speed.
+fn export(bed: &Bed, report: &mut Report, out: &Output, raw: &Path) -> Result<()> {
+    let data = DataDir::fresh(bed, "data")?;
+    let daemon = data.start_daemon()?;
+    data.import(raw, "huge")?;
+    let zstd = bench_dir().join("disks/huge-zstd.qcow2");
+    let paths = [out.dir.join("exported.raw"), out.dir.join("converted.raw")];
+    for round in 1..=bed.rounds {
+        say(format!("formats: export, round {round} of {}", bed.rounds));
+        disks::warm_up(&zstd)?;
+        let daemon_cpu_s = daemon.cpu_s()?;
+        let mut command = Command::new(&bed.bulbil);
+        command.arg("--data-dir").arg(data.path()).args(["image", "export", "huge"]).arg(&paths[0]);
+        let cost = timed(&mut command)?;
+        let cost = Cost { cpu_s: cost.cpu_s + daemon.cpu_s()? - daemon_cpu_s, ..cost };
+        let mut command = Command::new("qemu-img");
+        command.args(["convert", "-f", "qcow2", "-O", "raw"]).args([&zstd, &paths[1]]);
+        let peer = timed(&mut command)?;
+        check_identical(&paths[0], &paths[1], "raw")?;
+        for (program, cost, path) in [(BULBIL, cost, &paths[0]), (QEMU, peer, &paths[1])] {
+            add(report, "export to raw (qcow2 zstd to raw)", program, cost, disk_usage_bytes(path)?);
+            std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
     }
     Ok(())
 }

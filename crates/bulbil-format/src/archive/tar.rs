@@ -28,7 +28,7 @@ const BLOCK_BYTES: u64 = 512;
 const MAX_MEMBERS: usize = 1024;
 /// A long name, or the pax records of one member.
 const MAX_RECORD_BYTES: u64 = 64 << 10;
-/// Stored ranges of one file with holes; 24 MiB in memory.
+/// Stored ranges of all files with holes; 24 MiB in memory.
 const MAX_SEGMENTS: usize = 1 << 20;
 
 /// A regular file in an archive.
@@ -59,7 +59,7 @@ impl Member {
 
 /// Lists the regular files of an archive.
 pub(super) fn members(file: &dyn ReadAt) -> Result<Vec<Member>, FormatError> {
-    let mut walk = Walk { file, at: 0, long_name: None, pax: Pax::default() };
+    let mut walk = Walk { file, at: 0, long_name: None, pax: Pax::default(), segments: 0 };
     let mut members = Vec::new();
     for _ in 0..MAX_MEMBERS {
         match walk.next()? {
@@ -84,6 +84,8 @@ struct Walk<'a> {
     at: u64,
     long_name: Option<String>,
     pax: Pax,
+    /// Stored ranges of files with holes up to here.
+    segments: usize,
 }
 
 /// What pax records say about the next member.
@@ -175,11 +177,12 @@ impl Walk<'_> {
             let block = self.read_block()?;
             pairs.extend(self::pairs(&block, 0, 21));
             more = bytes_at::<1>(&block, 504) != [0];
-            if pairs.len() > MAX_SEGMENTS {
-                let what = format!("the number of holes of {name:?}");
+            if self.segments + pairs.len() > MAX_SEGMENTS {
+                let what = format!("the number of holes up to those of {name:?}");
                 return Err(FormatError::TooLarge { what, limit: MAX_SEGMENTS as u64 });
             }
         }
+        self.segments += pairs.len();
         let segments = place_segments(&pairs, self.at, stored_bytes, len_bytes).ok_or_else(damaged)?;
         self.pax = Pax::default();
         self.skip(stored_bytes)?;

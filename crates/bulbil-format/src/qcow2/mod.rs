@@ -86,8 +86,8 @@ impl Qcow2Map {
                 header.at_snapshot(found.info.size_bytes, found.l1_table.start, found.l1_entries)?
             }
         };
-        let l1 = read_words(&*file, header.l1_offset, header.l1_entries_needed() * 8)?;
-        let census = validate(&*file, &header, &tables, &l1)?;
+        let mut l1 = read_words(&*file, header.l1_offset, header.l1_entries_needed() * 8)?;
+        let census = validate(&*file, &header, &tables, &mut l1)?;
         // Of an image without a parent the caller checks this as well, but with one the sum is not known there.
         check_expansion("a disk", census.data_bytes, file.len_bytes())?;
         tracing::debug!(

@@ -10,6 +10,7 @@
 use crate::bytes::{le_u32, to_u64, to_usize};
 use crate::disk::SECTOR_BYTES;
 use crate::error::need;
+use crate::holes::Holes;
 use crate::{FormatError, ReadAt};
 
 use super::grain::{GRAIN_MARKER_BYTES, MarkerReader};
@@ -66,9 +67,13 @@ pub(super) fn validate(
         census: Census::default(),
     };
     validator.claim_metadata(directory)?;
+    let mut holes = Holes::new(file);
     for (index, entry) in directory.iter_mut().enumerate().filter(|(_, entry)| **entry != 0) {
         let grains = validator.census.grains;
-        validator.take_table(to_u64(index) * header.table_coverage_bytes(), *entry)?;
+        let start = u64::from(*entry) * SECTOR_BYTES;
+        if !holes.cover(start..start + TABLE_BYTES)? {
+            validator.take_table(to_u64(index) * header.table_coverage_bytes(), *entry)?;
+        }
         if validator.census.grains == grains {
             *entry = 0;
         }

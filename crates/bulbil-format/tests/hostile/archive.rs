@@ -33,6 +33,23 @@ fn tar_of(name: &str, len_bytes: u64, kind: u8) -> Vec<u8> {
     [tar_header(name, len_bytes, kind), vec![0; 1024]].concat()
 }
 
+/// A member whose map of holes has this many blocks of 21 ranges, all of them empty.
+fn tar_with_holes(blocks: usize) -> Vec<u8> {
+    let mut header = tar_header("disk.raw", 0, b'S');
+    header[482] = 1;
+    header[483..495].copy_from_slice(b"00000001000\0");
+    fix_tar_sum(&mut header);
+    let mut map = vec![0; 512];
+    for pair in map[..504].chunks_exact_mut(12) {
+        pair.copy_from_slice(b"00000000000\0");
+    }
+    map[504] = 1;
+    let mut member = [header, map.repeat(blocks)].concat();
+    let last = member.len() - 8;
+    member[last] = 0;
+    member
+}
+
 /// A frame of runs of 128 KiB of zeros, four bytes each, without its length in the header.
 fn zstd_bomb(runs: u32) -> Vec<u8> {
     // Window of 128 KiB.
@@ -200,6 +217,9 @@ fn members() -> Vec<Case> {
         }),
         Case::new("tar-of-many-members", 9, "work for each member", &["too-large"], |_| {
             tar_of("a", 0, b'0')[..512].repeat(2000)
+        }),
+        Case::new("tar-of-many-holes", 9, "CVE-2015-5162: memory for each hole", &["too-large"], |_| {
+            tar_with_holes(5000).repeat(12)
         }),
         Case::new("tar-declared-qcow2-is-vdi", 7, "a reader for another format", &["format-mismatch"], |_| {
             ova("disk.vdi", &qemu("vdi", ""))

@@ -232,6 +232,24 @@ fn tables() -> Vec<Case> {
             image
         })
         .largest_table(),
+        Case::new("qcow2-l2-tables-in-a-hole", 9, "CVE-2015-5162: reading 16 GiB of nothing", &["corrupt"], |_| {
+            let mut image = vec![0; 33 << 20];
+            image[..104].copy_from_slice(&qcow2_header(8 << 40, 4 << 20)[..104]);
+            image[20..24].copy_from_slice(&12_u32.to_be_bytes());
+            fill_be(&mut image, 40..48, 64 << 10);
+            fill_be(&mut image, 48..56, 4096);
+            let end = (64 << 10) + (32 << 20);
+            for n in 0..4 << 20 {
+                let at = (64 << 10) + 8 * n;
+                fill_be(&mut image, at..at + 8, COPIED | (end as u64 + 4096 * (n as u64 + 1)));
+            }
+            // The last one is not in the hole, and damaged.
+            fill_be(&mut image, end - 8..end, COPIED | end as u64);
+            fill_be(&mut image, end..end + 8, 2);
+            image
+        })
+        .file_bytes((34 << 20) + (16 << 30))
+        .largest_table(),
         Case::new("qcow2-terabytes-of-512", 9, "CVE-2015-5162: memory by file length", &["too-large"], |_| {
             qemu("qcow2", "-o cluster_size=512")
         })

@@ -162,6 +162,24 @@ fn headers() -> Vec<Case> {
             image
         })
         .largest_table(),
+        Case::new("vmdk-tables-in-a-hole", 9, "CVE-2015-5162: reading 16 GiB of nothing", &["truncated"], |_| {
+            let descriptor = vmdk_descriptor("monolithicSparse", NO_PARENT, "RW 34359738368 SPARSE \"disk.vmdk\"");
+            let mut image = with_descriptor(&descriptor);
+            image[12..20].copy_from_slice(&(1_u64 << 35).to_le_bytes());
+            image[20..28].copy_from_slice(&8_u64.to_le_bytes());
+            image[56..64].copy_from_slice(&2048_u64.to_le_bytes());
+            image.resize(34 << 20, 0);
+            let (start, end) = (1 << 20, 33 << 20);
+            for (index, entry) in image[start..end].chunks_exact_mut(4).enumerate() {
+                entry.copy_from_slice(&(u32::try_from(index).unwrap() * 4 + (34 << 11)).to_le_bytes());
+            }
+            // The last one is not in the hole, and names a grain past the end.
+            image[end - 4..end].copy_from_slice(&(33_u32 << 11).to_le_bytes());
+            image[end..end + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+            image
+        })
+        .file_bytes((34 << 20) + (16 << 30))
+        .largest_table(),
         Case::new("vmdk-directory-past-end", 9, "reads past the file", &["truncated"], |_| {
             poked(sparse(), &[(56, &0x4000_0000_u64.to_le_bytes())])
         }),
