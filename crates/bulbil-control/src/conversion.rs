@@ -19,6 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulbil_format::{BackingFile, ConvertError, ConvertObserver, convert};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 
@@ -164,8 +165,13 @@ async fn run_worker(program: &Path, job: &Job, progress: &mut impl FnMut(ExportP
 
 /// Does what a [`convert_file`] in another process asks for on `input`, and tells it on `output`.
 ///
-/// Call it where no other thread runs; this process can do nothing else afterwards.
+/// Call it where no other thread runs; this process can do nothing else afterwards, and ends with the thread that
+/// started it.
 pub fn convert_worker(input: impl Read, output: impl Write + Send) {
+    // While it unpacks a file it tells nothing, and would not hear that nobody listens.
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(Signal::KILL)) {
+        tracing::warn!(%error, "cannot end with the process that started this one");
+    }
     let listener = Listener { output: Mutex::new((output, Instant::now())), gone: AtomicBool::new(false) };
     let job: Result<Job, _> = serde_json::from_reader(input);
     let done = match job {

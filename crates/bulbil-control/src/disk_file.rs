@@ -189,7 +189,14 @@ impl OpenFiles {
 }
 
 pub(crate) fn format_error(what: &str, error: &FormatError) -> ControlError {
-    ControlError::with_source(ErrorCode::Invalid, what, error)
+    let code = if is_no_space(error) { ErrorCode::NoSpace } else { ErrorCode::Invalid };
+    ControlError::with_source(code, what, error)
+}
+
+/// Whether a compressed file could not be unpacked for lack of space, which is no fault of the file.
+pub(crate) fn is_no_space(error: &FormatError) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error, FormatError::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
 }
 
 /// Gives up every right that reading open files does not need; where this host cannot do that, only if it is allowed.
@@ -300,5 +307,20 @@ fn read_all(disk: &dyn Disk, observer: &dyn ConvertObserver) -> Result<(), Forma
         Ok(()) => Ok(()),
         Err(ConvertError::Read(error)) => Err(error),
         Err(other) => Err(FormatError::Io { operation: "read", offset_bytes: 0, source: std::io::Error::other(other) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_no_fault_of_the_image() {
+        let code_of = |kind: std::io::ErrorKind| {
+            let error = FormatError::Io { operation: "unpack", offset_bytes: 0, source: kind.into() };
+            format_error("cannot read `disk.gz`", &error).code()
+        };
+        assert_eq!(code_of(std::io::ErrorKind::StorageFull), ErrorCode::NoSpace);
+        assert_eq!(code_of(std::io::ErrorKind::InvalidData), ErrorCode::Invalid);
     }
 }

@@ -261,6 +261,7 @@ fn reader_error(what: &str, error: &ReaderError) -> ControlError {
     let code = match error {
         ReaderError::Cancelled => ErrorCode::Cancelled,
         error if error.is_of_reader() => ErrorCode::Failed,
+        error if error.is_no_space() => ErrorCode::NoSpace,
         _ => ErrorCode::Invalid,
     };
     ControlError::with_source(code, what, error)

@@ -57,6 +57,21 @@ fn with_descriptors_only_nothing_can_be_opened_or_run() {
 }
 
 #[test]
+fn a_process_that_was_given_many_descriptors_is_held_back_as_well() {
+    assert_eq!(steps_done(&["many-open"], &["read", "/etc/passwd"]), 0);
+}
+
+#[test]
+fn a_limit_that_is_lower_already_stays() {
+    let steps_done = |limit: &str| {
+        let script = format!("{limit} exec \"$0\" nothing allocate-gib 3");
+        Command::new("sh").args(["-c", &script, PROGRAM]).status().unwrap().code()
+    };
+    assert_eq!(steps_done(""), Some(1));
+    assert_eq!(steps_done("ulimit -S -v 2097152;"), Some(0));
+}
+
+#[test]
 fn in_a_readable_directory_files_are_read_and_nothing_is_changed() {
     let (_dir, inside, outside) = two_directories();
     let (file, other) = (format!("{inside}/file"), format!("{outside}/file"));

@@ -135,7 +135,8 @@ pub struct DiskInfo {
     pub size_bytes: u64,
     /// The length of the image file.
     pub file_bytes: u64,
-    /// How much of the disk has content ([`ExtentKind::has_content`]); `None` where that is not counted beforehand.
+    /// How much of the disk has content ([`ExtentKind::has_content`]), what was only set aside for content included;
+    /// `None` where that is not counted beforehand.
     pub data_bytes: Option<u64>,
     /// The unit of allocation: cluster, block or grain.
     pub cluster_bytes: Option<u64>,

@@ -1,10 +1,22 @@
-//! What of a file is holes: a table there says nothing, and need not be read.
+//! What of a file is holes: a table or a block there says nothing, and need not be read.
 //!
-//! Without this a file that takes a few MiB on its disk can have millions of tables to look at.
+//! Without this a file that takes a few MiB on its disk can have millions of tables to look at, and terabytes to read.
 
 use std::ops::Range;
 
-use crate::{FormatError, ReadAt};
+use crate::{ExtentKind, FormatError, ReadAt};
+
+/// Counts the bytes of a file that are not in holes.
+pub(crate) fn stored_bytes(file: &dyn ReadAt) -> Result<u64, FormatError> {
+    let (mut offset_bytes, mut stored) = (0, 0);
+    loop {
+        let data = file.next_data(offset_bytes);
+        let data = data.map_err(|source| FormatError::Io { operation: "map", offset_bytes, source })?;
+        let Some((start, end)) = data else { return Ok(stored) };
+        stored += end - start;
+        offset_bytes = end;
+    }
+}
 
 /// Says what lies in holes of a file, and asks again only about what was not asked before.
 pub(crate) struct Holes<'a> {
@@ -21,14 +33,33 @@ impl<'a> Holes<'a> {
 
     /// Whether a range of the file, in bytes, is nothing but a hole.
     pub(crate) fn cover(&mut self, range: Range<u64>) -> Result<bool, FormatError> {
-        if !self.known.contains(&range.start) {
-            let len_bytes = self.file.len_bytes();
-            let data = self.file.next_data(range.start);
-            let failed = |source| FormatError::Io { operation: "map", offset_bytes: range.start, source };
-            let (start, end) = data.map_err(failed)?.unwrap_or((len_bytes, len_bytes));
-            (self.known, self.zeros_end) = (range.start..end, start);
-        }
+        self.look_at(range.start)?;
         Ok(range.end <= self.zeros_end)
+    }
+
+    /// Returns the kind of what is at a byte of the file, and how far it goes at least.
+    pub(crate) fn kind_at(&mut self, offset_bytes: u64) -> Result<(u64, ExtentKind), FormatError> {
+        // What is not in the file is no hole: reading it fails.
+        if offset_bytes >= self.file.len_bytes() {
+            return Ok((u64::MAX, ExtentKind::Data));
+        }
+        self.look_at(offset_bytes)?;
+        match self.zeros_end.checked_sub(offset_bytes) {
+            None | Some(0) => Ok((self.known.end.saturating_sub(offset_bytes), ExtentKind::Data)),
+            Some(len_bytes) => Ok((len_bytes, ExtentKind::Zero)),
+        }
+    }
+
+    /// Makes what is at a byte of the file known.
+    fn look_at(&mut self, offset_bytes: u64) -> Result<(), FormatError> {
+        if !self.known.contains(&offset_bytes) {
+            let len_bytes = self.file.len_bytes();
+            let data = self.file.next_data(offset_bytes);
+            let failed = |source| FormatError::Io { operation: "map", offset_bytes, source };
+            let (start, end) = data.map_err(failed)?.unwrap_or((len_bytes, len_bytes));
+            (self.known, self.zeros_end) = (offset_bytes..end, start);
+        }
+        Ok(())
     }
 }
 
@@ -65,7 +96,17 @@ mod tests {
                     let is_hole = (start..end).all(|at| !(20..30).contains(&at) && !(50..80).contains(&at));
                     assert_eq!(asked.cover(start..end).unwrap(), is_hole, "{start}..{end}, pass {pass}");
                 }
+                let kind_of = |at| (20..30).contains(&at) || (50..80).contains(&at);
+                let next = (start..=100).find(|at| kind_of(*at) != kind_of(start) || *at == 100).unwrap();
+                let kind = if kind_of(start) { ExtentKind::Data } else { ExtentKind::Zero };
+                let found = if start == 100 { (u64::MAX, ExtentKind::Data) } else { (next - start, kind) };
+                assert_eq!(asked.kind_at(start).unwrap(), found, "{start}, pass {pass}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_in_holes_is_counted() {
+        assert_eq!(stored_bytes(&Sparse).unwrap(), 40);
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::bytes::{to_u64, to_usize};
 use crate::cache::SharedCache;
 use crate::disk::check_range;
+use crate::holes::Holes;
 use crate::layer::Layer;
 use crate::{Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, FormatError, ReadAt};
 
@@ -20,6 +21,10 @@ use crate::{Disk, DiskContent, DiskInfo, Extent, ExtentKind, Format, FormatError
 const DECODED_CACHE_BYTES: u64 = 16 << 20;
 /// Entries of the cache, so that small clusters do not make it mostly bookkeeping.
 const MAX_CACHE_ENTRIES: u64 = 16384;
+
+/// Stored blocks that are a hole of the file of at least this length are not content: they were only set aside, and a
+/// small file may have terabytes of them. Shorter ones are read rather than told apart.
+const MIN_HOLE_BYTES: u64 = 4 << 20;
 
 /// What is there if nothing is.
 const ZEROS: (u64, ExtentKind) = (u64::MAX, ExtentKind::Zero);
@@ -133,19 +138,19 @@ impl<M: BlockMap> Mapped<M> {
         Ok(Run { len_bytes: run.len_bytes.min(rest_of_disk), source })
     }
 
-    /// As `run_at`, with the parent asked for the kind of what is its own.
-    fn kind_at(&self, offset: u64) -> Result<(u64, ExtentKind), FormatError> {
+    /// As `run_at`, with the parent asked for the kind of what is its own, and the file for holes in what it has.
+    fn kind_at(&self, offset: u64, holes: &mut Holes<'_>) -> Result<(u64, ExtentKind), FormatError> {
         let run = self.run_at(offset, u64::MAX)?;
-        let kind = match run.source {
-            Source::Zero => ExtentKind::Zero,
-            Source::Host(_) => ExtentKind::Data,
-            Source::Compressed { .. } => ExtentKind::Compressed,
-            Source::Parent => {
-                let (len_bytes, kind) = self.parent.as_ref().map_or(Ok(ZEROS), |parent| parent.kind_at(offset))?;
-                return Ok((len_bytes.min(run.len_bytes), kind));
-            }
+        let (len_bytes, kind) = match run.source {
+            Source::Zero => ZEROS,
+            Source::Host(at) => match holes.kind_at(at)? {
+                (len_bytes, ExtentKind::Zero) if len_bytes < MIN_HOLE_BYTES => (len_bytes, ExtentKind::Data),
+                found => found,
+            },
+            Source::Compressed { .. } => (run.len_bytes, ExtentKind::Compressed),
+            Source::Parent => self.parent.as_ref().map_or(Ok(ZEROS), |parent| parent.kind_at(offset))?,
         };
-        Ok((run.len_bytes, kind))
+        Ok((len_bytes.min(run.len_bytes), kind))
     }
 
     fn read_run(&self, source: Source, offset: u64, buf: &mut [u8]) -> Result<(), FormatError> {
@@ -200,10 +205,11 @@ impl<M: BlockMap> DiskContent for Mapped<M> {
         if offset_bytes >= self.map.size_bytes() {
             return Ok(None);
         }
-        let (len_bytes, kind) = self.kind_at(offset_bytes)?;
+        let mut holes = Holes::new(&*self.file);
+        let (len_bytes, kind) = self.kind_at(offset_bytes, &mut holes)?;
         let mut extent = Extent { offset_bytes, len_bytes, kind };
         while extent.end_bytes() < self.map.size_bytes() {
-            let (len_bytes, kind) = self.kind_at(extent.end_bytes())?;
+            let (len_bytes, kind) = self.kind_at(extent.end_bytes(), &mut holes)?;
             if kind != extent.kind {
                 break;
             }

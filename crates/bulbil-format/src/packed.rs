@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::bytes::{to_u64, to_usize};
 use crate::detect::check_expansion;
+use crate::holes::stored_bytes;
 use crate::raw::{HOLE_BYTES, content_ranges};
 use crate::{FileReader, FormatError, ReadAt};
 
@@ -25,20 +26,37 @@ pub(crate) enum Packing {
     Zstd,
 }
 
+impl Packing {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "Zstandard",
+        }
+    }
+}
+
 /// Read and written at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 /// The window of `zstd --long`; each level up to 19 needs at most 8 MiB.
 const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 /// The dictionary of `xz -9` is 64 MiB; this leaves room for what the decoder needs beside it.
 const MAX_XZ_MEMORY_KIB: u32 = 80 << 10;
+/// Compressed bytes have no holes. What may be zeros, padding and frames to skip, is read at the cost of content: in a
+/// sparse file, or a sparse member of an archive, it could be terabytes.
+const MAX_HOLE_BYTES: u64 = 16 << 20;
 
 /// Unpacks a file into `scratch`, which is emptied first, and returns the content.
 ///
 /// # Errors
-/// [`FormatError::Corrupt`] if it does not unpack, [`FormatError::TooMuchData`], [`FormatError::Io`] if either file
+/// [`FormatError::Corrupt`] if it does not unpack or is mostly a hole, [`FormatError::TooMuchData`], [`FormatError::Io`] if either file
 /// cannot be read or written.
 pub(crate) fn unpack(file: &dyn ReadAt, packing: Packing, scratch: &File) -> Result<Arc<dyn ReadAt>, FormatError> {
     let write_failed = |offset_bytes| move |source| FormatError::Io { operation: "unpack", offset_bytes, source };
+    let hole_bytes = file.len_bytes().saturating_sub(stored_bytes(file)?);
+    if hole_bytes > MAX_HOLE_BYTES {
+        return Err(FormatError::corrupt(format!("the {} file has {hole_bytes} bytes of holes", packing.name())));
+    }
     scratch.set_len(0).map_err(write_failed(0))?;
     let mut unpacker = Unpacker::new(file, packing)?;
     let mut buf = vec![0; BUFFER_BYTES];
@@ -98,12 +116,7 @@ fn zstd_decoder<R: io::BufRead>(input: R) -> io::Result<zstd::stream::read::Deco
 }
 
 fn does_not_unpack(packing: Packing, error: &io::Error) -> FormatError {
-    let name = match packing {
-        Packing::Gzip => "gzip",
-        Packing::Xz => "xz",
-        Packing::Zstd => "Zstandard",
-    };
-    FormatError::corrupt(format!("the {name} file does not unpack: {error}"))
+    FormatError::corrupt(format!("the {} file does not unpack: {error}", packing.name()))
 }
 
 /// Reads a file from its beginning to its end.

@@ -343,3 +343,37 @@ fn members_of_more_than_8_gib_are_read() {
     disk.read_exact_at(&mut end, len_bytes - 512).unwrap();
     assert_eq!(end, [0; 512]);
 }
+
+#[test]
+fn what_is_said_of_a_folder_is_not_for_the_file_after_it() {
+    let disk = content(&mut Rng(SEED), 1 << 20);
+    let archive = tar(&["--format=ustar"], &[("disk.raw", &disk)]);
+    let header = |kind: &[u8], size: &[u8]| resealed(poked(&poked(&archive[..512], 156, kind), 124, size), 0);
+    let mut record = b"18 path=some/name\n12 size=512\n".to_vec();
+    record.resize(512, 0);
+    let pax = [header(b"x", b"00000000036\0"), record].concat();
+    let long = [header(b"L", b"00000000004\0"), [b"name".to_vec(), vec![0; 508]].concat()].concat();
+    for before in [pax, long] {
+        let with_folder = [before, header(b"5", b"00000000000\0"), archive.clone()].concat();
+        check_content(&*open_bytes(&with_folder, None).unwrap(), &disk);
+    }
+}
+
+#[test]
+fn a_disk_that_is_a_hole_is_not_digested() {
+    let manifest = format!("SHA256(d.vmdk)= {}\n", "0".repeat(64));
+    let members: [(&str, &[u8]); 3] =
+        [("a.ovf", &ovf(FILE, DISK)), ("a.mf", manifest.as_bytes()), ("d.vmdk", &[1; 512])];
+    let archive = tar(&["--format=gnu"], &members);
+    let at = archive.chunks(512).position(|block| block.starts_with(b"d.vmdk\0")).unwrap() * 512;
+    let mut size = [0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    size[4..].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&resealed(poked(&archive, at + 124, &size), at)[..at + 1024]).unwrap();
+    file.set_len(2 << 40).unwrap();
+    let start = Instant::now();
+    let file = bulbil_format::FileReader::new(file).unwrap();
+    let error = open_disk(Arc::new(file), &OpenOptions::default()).unwrap_err().to_string();
+    assert!(error.starts_with("too-much-data: a disk to digest of 1099511627776 bytes"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(1));
+}

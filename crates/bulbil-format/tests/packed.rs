@@ -7,7 +7,7 @@ mod support;
 use std::io::Write as _;
 use std::sync::Arc;
 
-use bulbil_format::{Disk, Format, FormatError, OpenOptions, open_disk};
+use bulbil_format::{Disk, FileReader, Format, FormatError, OpenOptions, open_disk};
 use support::{Rng, check_content, content, run, write_sparse};
 
 const SEED: u64 = 0x5eed_0009;
@@ -126,4 +126,23 @@ fn windows_and_dictionaries_over_the_limit_are_refused() {
     check_refused(zstd, None, "corrupt: the Zstandard file does not unpack: Frame requires too much memory");
     let xz = packed_by("xz", &["--lzma2=dict=256MiB"], &content(&mut Rng(SEED + 4), 1 << 20));
     check_refused(xz, None, "corrupt: the xz file does not unpack: needed memory too big");
+}
+
+#[test]
+fn zeros_in_holes_are_not_unpacked() {
+    let disk = content(&mut Rng(SEED + 5), 1 << 20);
+    let xz = packed_by("xz", &["-0"], &disk);
+    // Padding may follow a stream, but not terabytes of it.
+    let mut padded = xz.clone();
+    padded.resize(xz.len().next_multiple_of(4) + (1 << 20), 0);
+    check_content(&*open(padded, None).unwrap(), &disk);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&xz).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let scratch = Some(Arc::new(tempfile::tempfile().unwrap()));
+    let options = OpenOptions { scratch, ..OpenOptions::default() };
+    let start = std::time::Instant::now();
+    let error = open_disk(Arc::new(FileReader::new(file).unwrap()), &options).unwrap_err().to_string();
+    assert!(error.starts_with("corrupt: the xz file has 1099"), "{error}");
+    assert!(start.elapsed().as_secs() < 1, "{:?}", start.elapsed());
 }

@@ -193,3 +193,35 @@ fn a_sparse_disk_of_64_tib_over_another_is_quick() {
     assert_eq!(map.matches("\"data\": true").count(), 1, "{map}");
     assert!(map.contains("\"depth\": 0, \"present\": true, \"zero\": true, \"data\": false"), "{map}");
 }
+
+#[test]
+fn small_reads_of_a_large_empty_parent_do_not_look_for_its_next_table() {
+    let files = Files::new();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &files.text("wide.qcow2"), "120G"]);
+    let disk = open(&files.path("wide.qcow2"), Format::Qcow2, None).unwrap();
+    let start = std::time::Instant::now();
+    let mut sector = [0xee; 512];
+    for _ in 0..10_000 {
+        disk.read_exact_at(&mut sector, 0).unwrap();
+    }
+    assert_eq!(sector, [0; 512]);
+    assert_eq!(disk.data_extents().count(), 0);
+    assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
+}
+
+#[test]
+fn clusters_that_were_only_set_aside_are_not_content() {
+    let files = Files::new();
+    let options = ["-o", "preallocation=metadata", &files.text("wide.qcow2"), "8G"];
+    run("qemu-img", &[&["create", "-q", "-f", "qcow2"][..], &options].concat());
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 5G 64k", &files.text("wide.qcow2")]);
+    let disk = open(&files.path("wide.qcow2"), Format::Qcow2, None).unwrap();
+    assert_eq!(disk.info().data_bytes, Some(8 << 30));
+    let extents: Vec<_> = disk.data_extents().map(Result::unwrap).collect();
+    let data_bytes: u64 = extents.iter().map(|extent| extent.len_bytes).sum();
+    assert!(extents.iter().any(|extent| (extent.offset_bytes..extent.end_bytes()).contains(&(5 << 30))));
+    assert!(data_bytes < 256 << 20, "{data_bytes} bytes of content");
+    let mut piece = vec![0; 64 << 10];
+    disk.read_exact_at(&mut piece, 5 << 30).unwrap();
+    assert!(piece.iter().all(|byte| *byte == 7));
+}

@@ -311,3 +311,21 @@ fn the_parts_of_our_streams_are_where_readers_of_streams_expect_them() {
     }
     assert_eq!(kinds, [(1, 4), (1, 4), (2, 1), (3, 1), (0, 0)]);
 }
+
+#[test]
+fn small_reads_of_a_large_empty_disk_do_not_look_for_its_next_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, image) = (dir.path().join("disk.raw"), dir.path().join("wide.vmdk"));
+    File::create(&raw).unwrap().set_len(8 << 40).unwrap();
+    let source = open_path(&raw, Some(Format::Raw)).unwrap();
+    let file = File::create(&image).unwrap();
+    convert(&*source, &file, &Target::VmdkSparse, &IDENTITY, &NoObserver).unwrap();
+    let disk = open_path(&image, None).unwrap();
+    let start = std::time::Instant::now();
+    let mut sector = [0xee; 512];
+    for _ in 0..200_000 {
+        disk.read_exact_at(&mut sector, 0).unwrap();
+    }
+    assert_eq!(sector, [0; 512]);
+    assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
+}

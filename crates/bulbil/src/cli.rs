@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use bulbil_api::Wait;
-use bulbil_control::PublishedPort;
+use bulbil_control::{Format, PublishedPort};
 use bulbil_types::{ByteSize, Name, Personality};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -199,7 +199,7 @@ pub(crate) enum StoreCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
-    /// Import a disk image file (qcow2 or raw)
+    /// Import a disk image file
     #[command(
         after_help = "Examples:\n  bulbil image import debian-12.qcow2\n  bulbil image import disk.raw --as web:2.1"
     )]
@@ -210,9 +210,9 @@ pub(crate) enum ImageCommand {
         /// Name and version of the image [default: the file's name, version 1]
         #[arg(long = "as", value_name = "NAME[:VERSION]")]
         name: Option<NameAndVersion>,
-        /// Format of the file: raw or qcow2 [default: recognised]
-        #[arg(long)]
-        format: Option<String>,
+        /// Format of the file: raw, qcow2, vhd, vhdx, vmdk or vdi [default: recognised]
+        #[arg(short, long, value_name = "FORMAT")]
+        format: Option<Format>,
         #[command(flatten)]
         input: InputArgs,
     },
@@ -301,10 +301,11 @@ pub(crate) struct LaunchArgs {
     /// Check everything and create nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    #[command(flatten, next_help_heading = "Options of a file that is imported")]
-    pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
+    // Last: the heading is that of all that follows.
+    #[command(flatten, next_help_heading = "Options of a file that is imported")]
+    pub(crate) input: InputArgs,
 }
 
 #[cfg(test)]

@@ -57,6 +57,17 @@ pub(crate) struct InputArgs {
 }
 
 impl InputArgs {
+    /// The first of these options that was given.
+    pub(crate) fn first_given(&self) -> Option<&'static str> {
+        let given = [
+            ("--parent", !self.parent.is_empty()),
+            ("--extent-dir", self.extent_dir.is_some()),
+            ("--snapshot", self.snapshot.is_some()),
+            ("--no-sandbox", self.no_sandbox),
+        ];
+        given.into_iter().find(|(_, is_given)| *is_given).map(|(option, _)| option)
+    }
+
     pub(crate) fn disk_file(&self, path: PathBuf, format: Option<Format>) -> DiskFile {
         DiskFile {
             path,

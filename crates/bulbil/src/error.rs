@@ -61,9 +61,14 @@ impl CliError {
     /// are the codes that refusals begin with.
     pub(crate) fn hint_from_causes(self, file: &std::path::Path, format_option: &str) -> Self {
         let says = |word: &str| self.causes.iter().any(|cause| cause.starts_with(word));
+        let ends = |words: &str| self.causes.iter().any(|cause| cause.ends_with(words));
         let file = file.display();
-        let hint = if says("has-backing-file") || says("differencing") {
+        let hint = if let Some(hint) = self.hint_of_file_below(says) {
+            hint.to_owned()
+        } else if says("has-backing-file") || says("differencing") {
             "name the image it is based on: --parent FILE".to_owned()
+        } else if says("parent-mismatch") && (ends("no parent") || ends("no backing file")) {
+            "it needs no other image: leave --parent out".to_owned()
         } else if says("parent-mismatch") {
             "see which parent it needs: bulbil disk info FILE of each".to_owned()
         } else if says("external-extent") {
@@ -72,6 +77,14 @@ impl CliError {
             format!("see which there are: bulbil disk info {file}")
         } else if says("not a disk image") {
             format!("if it is a raw disk all the same, say so: {format_option} raw")
+        } else if says("format-mismatch") {
+            "leave the format out, and it is recognised".to_owned()
+        } else if says("encrypted: the content, with ") {
+            format!(
+                "decrypt a copy of it: qemu-img convert --object secret,id=key,file=PASSWORD-FILE --image-opts \
+                 driver=qcow2,encrypt.key-secret=key,file.filename={file} -O qcow2 {}",
+                flat_name(&file.to_string())
+            )
         } else if says("external-data-file") {
             format!("flatten it first: qemu-img convert -O qcow2 {file} {}", flat_name(&file.to_string()))
         } else if says("marked-corrupt") {
@@ -88,6 +101,32 @@ impl CliError {
             return self;
         };
         self.hint(hint)
+    }
+
+    /// What to type next when it was not the image that was refused but one that it, or a new one, is based on.
+    fn hint_of_file_below(&self, says: impl Fn(&str) -> bool) -> Option<&'static str> {
+        let needs_another = says("has-backing-file") || says("differencing");
+        let is_raw = says("not a disk image");
+        if self.message.ends_with(": its backing file cannot be read") {
+            return match (needs_another, is_raw || says("format-mismatch")) {
+                (true, _) => {
+                    Some("it needs another image itself; flatten it first: bulbil disk convert IN OUT --parent FILE")
+                }
+                (_, true) if is_raw => Some("if it is a raw disk all the same, say so: --backing-format raw"),
+                (_, true) => Some("leave --backing-format out, and it is recognised"),
+                _ => None,
+            };
+        }
+        if !self.message.contains(": its parent `") && !says("cannot use `") {
+            return None;
+        }
+        match (needs_another, is_raw) {
+            (true, _) => Some("name the image that this one is based on as well, after it: --parent FILE"),
+            (_, true) => Some(
+                "if it is a raw disk all the same, name a copy that says so: bulbil disk convert -f raw IN OUT.qcow2",
+            ),
+            _ => None,
+        }
     }
 
     pub(crate) fn exit_code(&self) -> ExitCode {

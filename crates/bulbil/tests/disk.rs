@@ -252,6 +252,14 @@ fn mistakes_are_told_with_what_to_type_instead_and_leave_no_file() {
             (&["convert", &raw, "out.vdi", "--backing", &raw], 2, &["a backing file does not fit vdi"]),
             (&["convert", &raw, "out.qcow2", "--backing", "missing"], 1, &["error: cannot open `missing`\n", no_file]),
             (&["convert", &raw, "out.qcow2", "--backing-format", "raw"], 2, &["--backing <FILE>"]),
+            (&["convert", &raw, "out.qcow2", "--backing", &text], 1, &["hint: ", "say so: --backing-format raw\n"]),
+            (
+                &["convert", &raw, "out.qcow2", "--backing", &raw, "--backing-format", "vhd"],
+                1,
+                &["hint: leave --backing-format out"],
+            ),
+            (&["info", &raw, "--format", "vhd"], 1, &["format-mismatch: ", "hint: leave the format out"]),
+            (&["info", &raw, "--parent", &raw], 1, &["parent-mismatch: ", "hint: it needs no other image"]),
         ],
     );
     assert_eq!(std::fs::read_to_string(&there).unwrap(), "mine");
@@ -270,7 +278,32 @@ fn images_that_need_others_are_read_when_these_are_named() {
         run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &home.text_path(below), &above]);
         run("qemu-io", &["-f", "qcow2", "-c", command, &above]);
     }
-    check(&home, &[(&["info", top], 1, &["has-backing-file", "hint: name the image it is based on: --parent FILE\n"])]);
+    let of_raw = "of-raw.qcow2";
+    let text = home.file("notes.txt", "dear diary\n");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &text, &home.text_path(of_raw), "1M"]);
+    check(
+        &home,
+        &[
+            (&["info", top], 1, &["has-backing-file", "hint: name the image it is based on: --parent FILE\n"]),
+            (
+                &["info", top, "--parent", middle],
+                1,
+                &["has-backing-file", "hint: name the image that this one is based"],
+            ),
+            (
+                &["convert", base, "out.qcow2", "--backing", top],
+                1,
+                &["has-backing-file", "hint: it needs another image"],
+            ),
+            (
+                &["info", of_raw, "--parent", &text],
+                1,
+                &["it is a text file", "hint: ", "disk convert -f raw IN OUT.qcow2"],
+            ),
+        ],
+    );
+    home.ok(&["disk", "convert", "-f", "raw", &text, "says-raw.qcow2"]);
+    home.ok(&["disk", "info", of_raw, "--parent", "says-raw.qcow2"]);
     home.ok(&["disk", "check", top, "--parent", middle, "--parent", base]);
     home.ok(&["disk", "convert", top, "flat.raw", "--parent", middle, "--parent", base]);
     let expected = home.text_path("expected.raw");
@@ -286,10 +319,15 @@ fn images_that_need_others_are_read_when_these_are_named() {
     assert!(difference < whole / 4, "{difference} of {whole} bytes");
 }
 
+/// The one child of a process.
+fn child_of(parent: u32) -> u32 {
+    let child = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+    child.trim().parse().unwrap()
+}
+
 /// Whether the child of a process is under a filter of system calls.
 fn is_confined(parent: u32) -> bool {
-    let child = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", child.trim())).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child_of(parent))).unwrap();
     status.lines().any(|line| line == "Seccomp:\t2")
 }
 
@@ -311,6 +349,31 @@ fn an_interrupted_conversion_leaves_nothing() {
         assert_eq!(ran.stderr, "error: interrupted: `out.qcow2` was not written\n", "{ran}");
         assert_eq!(names(&home), before);
     }
+}
+
+/// Whether a process runs or is stopped; one that has ended may wait to be collected by whoever is its parent now.
+fn lives(process: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.starts_with("State:\tZ"))
+}
+
+#[test]
+fn a_conversion_that_makes_no_step_ends_with_the_command_that_was_killed() {
+    let home = Home::new();
+    let raw = home.file("noise.raw", disks::noise(SEED + 3, 96 << 20));
+    let mut client = home.spawn(&["disk", "convert", &raw, "out.qcow2", "--compress", "zlib"]);
+    wait_until("the conversion to begin", || names(&home).iter().any(|name| name.starts_with('.')));
+    wait_until("the reader to give up its rights", || is_confined(client.id()));
+    let converter = child_of(client.id());
+    send_signal(converter, Signal::STOP);
+    assert!(lives(converter));
+    send_signal(client.id(), Signal::KILL);
+    client.wait().unwrap();
+    let ended = std::panic::catch_unwind(|| wait_until("the converter to end", || !lives(converter)));
+    if ended.is_err() {
+        send_signal(converter, Signal::KILL);
+    }
+    ended.unwrap();
 }
 
 #[test]
@@ -339,6 +402,18 @@ fn compressed_files_are_unpacked_on_the_way() {
     home.ok(&["disk", "convert", "source.raw.gz", "again.vhdx", "--no-sandbox"]);
     assert_same_disk(&home, "again.vhdx", "vhdx", &raw);
     assert!(names(&home).iter().all(|name| !name.starts_with('.')), "{:?}", names(&home));
+}
+
+#[test]
+fn texts_of_an_image_do_not_steer_the_terminal() {
+    let home = Home::new();
+    let raw = source(&home);
+    home.ok(&["disk", "convert", &raw, "disk.qcow2"]);
+    let name = "old\u{1b}[31m\nhint: do this";
+    run("qemu-img", &["snapshot", "-c", name, &home.text_path("disk.qcow2")]);
+    let shown = home.ok(&["disk", "info", "disk.qcow2"]).stdout;
+    assert!(shown.contains("old\\u{1b}[31m\\nhint: do this") && !shown.contains('\u{1b}'), "{shown}");
+    assert_eq!(home.json(&["disk", "info", "disk.qcow2"])["snapshots"][0]["name"], name);
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn files_that_are_no_disks_are_refused() {
                 &[&cannot_import(&noise), "it has no partition table, boot sector or known file system"],
             ),
             (&["launch", &text, "--name", "web"], 1, &[&cannot_import(&text), "it is a text file"]),
-            (&["image", "import", &noise, "--format", "tape"], 1, &["`tape`", "raw", "qcow2"]),
+            (&["image", "import", &noise, "--format", "tape"], 2, &["`tape`", "raw, qcow2, vhd, vhdx, vmdk or vdi"]),
             (&["image", "import", &noise, "--format", "qcow2"], 1, &["declared qcow2, found no header of it"]),
             (&["image", "import", &noise, "--as", "a/b"], 2, &["`a/b` is not a name"]),
             (&["image", "import", &noise, "--as", "a:"], 2, &["`` is not a name"]),
@@ -160,6 +160,9 @@ fn an_error_says_what_to_type_next() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &data_file, &external, "1M"]);
     let qed = home.file("disk.qed", file_with(&[(0, b"QED\0")]));
     let zip = home.file("disk.zip", file_with(&[(0, b"PK\x03\x04")]));
+    let encrypted = home.text_path("encrypted.qcow2");
+    let key = ["--object", "secret,id=key,data=sesame", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
+    run("qemu-img", &[&["create", "-q", "-f", "qcow2"], &key[..], &[&encrypted, "1M"]].concat());
     let noise = home.file("noise.raw", Rng::new(SEED).bytes(100 << 10));
     let flatten = "hint: flatten it first: qemu-img convert -O qcow2 ";
     let convert = "hint: convert it first: qemu-img convert -O qcow2 ";
@@ -170,7 +173,12 @@ fn an_error_says_what_to_type_next() {
             (&["image", "import", &external], 1, &[flatten]),
             (&["image", "import", &qed], 1, &[convert]),
             (&["image", "import", &zip], 1, &["hint: unpack it first"]),
-            (&["image", "import", &noise], 1, &["hint: ", "--format raw"]),
+            (&["image", "import", &noise], 1, &["hint: ", "say so: --format raw\n"]),
+            (&["image", "import", &backed, "--parent", &noise], 1, &["hint: ", "disk convert -f raw IN OUT.qcow2"]),
+            // A launch has no such option.
+            (&["launch", &noise], 1, &[&format!("say so: bulbil image import {noise} --format raw\n")]),
+            (&["launch", "small", "--snapshot", "x"], 2, &["--snapshot fits a file that is imported", "hint: "]),
+            (&["image", "import", &encrypted], 1, &["encrypted: ", "hint: decrypt a copy of it: qemu-img convert"]),
         ],
     );
 }

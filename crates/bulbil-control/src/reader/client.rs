@@ -68,6 +68,13 @@ pub(crate) enum ReaderError {
         #[source]
         source: Option<Box<ReaderError>>,
     },
+    /// The reader had no space to unpack it.
+    #[error("{message}")]
+    NoSpace {
+        message: String,
+        #[source]
+        source: Option<Box<ReaderError>>,
+    },
     /// No reader could be started, or it could not be given what it needs.
     #[error("cannot start the image reader")]
     Start(#[source] io::Error),
@@ -92,13 +99,29 @@ impl ReaderError {
         }
     }
 
+    /// Whether a compressed file could not be unpacked for lack of space.
+    pub(crate) fn is_no_space(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::File { source, .. } => source.is_no_space(),
+            _ => false,
+        }
+    }
+
     /// Makes a chain of errors of the texts that a reader told.
     fn remote(error: RemoteError) -> Self {
+        let RemoteError { code, causes, .. } = error.checked();
         let mut chain = None;
-        for message in error.checked().causes.into_iter().rev() {
+        for message in causes.into_iter().rev() {
             chain = Some(Self::Refused { message, source: chain.map(Box::new) });
         }
-        chain.unwrap_or_else(|| Self::Broken("no reason was given".to_owned()))
+        match chain {
+            Some(Self::Refused { message, source }) if code == RemoteError::NO_SPACE => {
+                Self::NoSpace { message, source }
+            }
+            Some(refused) => refused,
+            None => Self::Broken("no reason was given".to_owned()),
+        }
     }
 }
 
@@ -152,7 +175,7 @@ impl ImageReader {
         match answer.map_err(|error| failure_of(&process, &error))? {
             Answer::Opened { disk, is_file, sandbox } => {
                 let disk = disk.checked().map_err(|e| failure_of(&process, &broken(e)))?;
-                log_opened(&job.path, &disk, &sandbox);
+                log_opened(&job.path, &disk, &wire::checked_report(sandbox));
                 let lanes = Lanes { idle: Mutex::new(ours), returned: Condvar::new() };
                 let (control, ranges) = (Mutex::new(control), Mutex::default());
                 let (is_cancelled, failure) = (job.is_cancelled, OnceLock::new());
@@ -387,4 +410,21 @@ fn open_image(path: &Path) -> Result<File, FormatError> {
 
 fn opening(source: io::Error) -> FormatError {
     FormatError::Io { operation: "open", offset_bytes: 0, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_meets_a_full_disk_is_told_from_an_image_that_is_refused() {
+        let remote = |kind: ErrorKind| {
+            let error = FormatError::Io { operation: "unpack", offset_bytes: 0, source: kind.into() };
+            ReaderError::remote(RemoteError::of_format(&error))
+        };
+        let full = remote(ErrorKind::StorageFull);
+        assert!(full.is_no_space() && !full.is_of_reader());
+        assert!(ReaderError::File { path: PathBuf::new(), source: Box::new(full) }.is_no_space());
+        assert!(!remote(ErrorKind::InvalidData).is_no_space());
+    }
 }

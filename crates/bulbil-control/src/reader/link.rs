@@ -99,15 +99,16 @@ impl<'a> Patient<'a> {
 
     fn try_until_done(&self, mut transfer: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
         loop {
-            match transfer(self.socket.as_fd()) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                done => return done,
-            }
+            // Looked at before each piece, and not only when there is none: the other side may send a byte now and then.
             if (self.is_cancelled)() {
                 return Err(ErrorKind::ConnectionAborted.into());
             }
             if Instant::now() >= self.deadline {
                 return Err(ErrorKind::TimedOut.into());
+            }
+            match transfer(self.socket.as_fd()) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                done => return done,
             }
         }
     }
@@ -133,5 +134,46 @@ impl Write for Patient<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    /// Reads from a side that sends a byte now and then and never all, until the wait ends.
+    fn read_drips(limit: Duration, is_cancelled: impl Fn() -> bool + Send + Sync) -> (ErrorKind, Duration) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        prepare(&ours).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    theirs.write_all(&[0]).unwrap();
+                    std::thread::sleep(TICK / 10);
+                }
+            });
+            let started = Instant::now();
+            let read = Patient::new(&ours, limit, &is_cancelled).read_exact(&mut [0; 500]);
+            let taken = started.elapsed();
+            over.store(true, Ordering::Relaxed);
+            (read.expect_err("it takes 5 s to come").kind(), taken)
+        })
+    }
+
+    #[test]
+    fn a_side_that_sends_too_slowly_is_not_waited_for() {
+        let (error, taken) = read_drips(3 * TICK, || false);
+        assert_eq!(error, ErrorKind::TimedOut);
+        assert!(taken < 20 * TICK, "{taken:?}");
+    }
+
+    #[test]
+    fn a_side_that_sends_slowly_is_not_waited_for_when_nobody_wants_it() {
+        let asked = AtomicUsize::new(0);
+        let (error, taken) = read_drips(Duration::from_secs(60), || asked.fetch_add(1, Ordering::Relaxed) >= 3);
+        assert_eq!(error, ErrorKind::ConnectionAborted);
+        assert!(taken < 20 * TICK, "{taken:?}");
     }
 }

@@ -18,6 +18,7 @@ use bulbil_vm::console::plain_text;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::disk_file::is_no_space;
 use crate::sandbox::SandboxReport;
 
 /// The longest JSON document.
@@ -110,7 +111,7 @@ pub(super) enum Answer {
 /// An error of the reader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct RemoteError {
-    /// The short code of [`FormatError`], or that of the sandbox.
+    /// The short code of [`FormatError`], [`RemoteError::NO_SPACE`], or that of the sandbox.
     pub(super) code: String,
     /// What failed and its causes, nearest first; never empty once it is checked.
     pub(super) causes: Vec<String>,
@@ -124,8 +125,11 @@ impl RemoteError {
         Self { code: code.to_owned(), causes: causes.collect(), parent: None }.checked()
     }
 
+    /// The code of a disk that is full, on which a compressed file is unpacked.
+    pub(super) const NO_SPACE: &str = "no-space";
+
     pub(super) fn of_format(error: &FormatError) -> Self {
-        Self::new(error.code(), error)
+        Self::new(if is_no_space(error) { Self::NO_SPACE } else { error.code() }, error)
     }
 
     /// Bounds every text and frees it of control characters.
@@ -227,13 +231,24 @@ impl Description {
     }
 }
 
+/// Bounds what a reader tells about its sandbox and frees it of control characters, for the log.
+pub(super) fn checked_report(report: SandboxReport) -> SandboxReport {
+    let missing = report.missing.iter().take(MAX_CAUSES).map(|phrase| bounded(phrase)).collect();
+    SandboxReport { missing, ..report }
+}
+
 fn bounded(text: &str) -> String {
-    plain_text(&text.chars().take(MAX_TEXT_CHARS).collect::<String>())
+    one_line(text, MAX_TEXT_CHARS)
 }
 
 /// For texts of which there are many, so that all of them fit into one message.
 fn short(text: &str) -> String {
-    plain_text(&text.chars().take(100).collect::<String>())
+    one_line(text, 100)
+}
+
+/// Free of control characters, and of line ends as well: what follows one could pass for a line of our own.
+fn one_line(text: &str, max_chars: usize) -> String {
+    plain_text(&text.chars().take(max_chars).collect::<String>()).replace('\n', " ")
 }
 
 pub(super) fn to_json(message: &impl Serialize) -> Vec<u8> {
@@ -499,13 +514,23 @@ mod tests {
         }
         assert!(Description { format: "qed".to_owned(), ..description() }.checked().is_err());
         assert!(Description { notes: vec![String::new(); 65], ..description() }.checked().is_err());
-        let text = format!("\u{1b}[31m{}", "x".repeat(100_000));
+        let text = format!("\u{1b}[31m\nhint: {}", "x".repeat(100_000));
         let checked = Description { creator: Some(text.clone()), ..description() }.checked().unwrap();
         let creator = checked.creator.unwrap();
-        assert!(!creator.contains('\u{1b}') && creator.len() <= MAX_TEXT_CHARS, "{creator}");
+        assert!(!creator.contains(['\u{1b}', '\n']) && creator.len() <= MAX_TEXT_CHARS, "{creator}");
         let error = RemoteError { code: text.clone(), causes: vec![text; 50], parent: Some(99) }.checked();
         assert_eq!((error.causes.len(), error.parent), (MAX_CAUSES, None));
-        assert!(!error.causes[0].contains('\u{1b}'));
+        assert!(!error.causes[0].contains(['\u{1b}', '\n']));
+    }
+
+    #[test]
+    fn what_is_told_about_a_sandbox_is_made_plain() {
+        let landlock = crate::sandbox::LandlockLevel::None;
+        let missing = vec![format!("\u{1b}[2J\n{}", "x".repeat(100_000)); 50];
+        let report = checked_report(SandboxReport { landlock, seccomp: true, missing });
+        assert_eq!(report.missing.len(), MAX_CAUSES);
+        assert!(!report.to_string().contains(['\u{1b}', '\n']));
+        assert!(report.missing[0].len() <= MAX_TEXT_CHARS);
     }
 
     #[test]

@@ -30,9 +30,11 @@ const LATER_RULES: &[(ABI, &str)] = &[
 pub(super) fn enforce(sandbox: Sandbox) -> Result<SandboxReport, SandboxError> {
     check_single_thread()?;
     let mut missing = Vec::new();
-    limit_resources(&sandbox, &mut missing);
     let opens = system_calls::Opens::of(!sandbox.readable.is_empty(), !sandbox.writable.is_empty());
+    let limits = Limits::of(&sandbox);
     let landlock = restrict_paths(open_all(sandbox.readable)?, open_all(sandbox.writable)?, &mut missing);
+    // After that, as a process may be given more descriptors than it may open, and Landlock takes one more.
+    limits.apply(&mut missing);
     let seccomp = system_calls::restrict(opens).map_err(|reason| missing.push(reason)).is_ok();
     Ok(SandboxReport { landlock, seccomp, missing })
 }
@@ -44,28 +46,41 @@ fn check_single_thread() -> Result<(), SandboxError> {
     if threads > 1 { Err(SandboxError::Threads { threads }) } else { Ok(()) }
 }
 
-fn limit_resources(sandbox: &Sandbox, missing: &mut Vec<String>) {
-    // A limit that is lower already stays.
-    let lower = |resource, wanted: u64| {
-        let now = rustix::process::getrlimit(resource);
-        let wanted = now.maximum.map_or(wanted, |maximum| maximum.min(wanted));
-        rustix::process::setrlimit(resource, Rlimit { current: Some(wanted), maximum: Some(wanted) })
-    };
-    let limits = [
-        (Resource::As, Some(MAX_ADDRESS_SPACE_BYTES), "of memory"),
-        (Resource::Nofile, Some(sandbox.max_files()), "of open files"),
-        (Resource::Core, Some(0), "of core dumps"),
-        (Resource::Fsize, sandbox.max_file_bytes, "of a file's length"),
-    ];
-    for (resource, wanted, name) in limits {
-        if let Some(Err(error)) = wanted.map(|wanted| lower(resource, wanted)) {
-            missing.push(format!("the limit {name}: {error}"));
+/// What the process may take of the host.
+struct Limits {
+    max_files: u64,
+    max_file_bytes: Option<u64>,
+}
+
+impl Limits {
+    fn of(sandbox: &Sandbox) -> Self {
+        Self { max_files: sandbox.max_files(), max_file_bytes: sandbox.max_file_bytes }
+    }
+
+    fn apply(self, missing: &mut Vec<String>) {
+        let limits = [
+            (Resource::As, Some(MAX_ADDRESS_SPACE_BYTES), "of memory"),
+            (Resource::Nofile, Some(self.max_files), "of open files"),
+            (Resource::Core, Some(0), "of core dumps"),
+            (Resource::Fsize, self.max_file_bytes, "of a file's length"),
+        ];
+        for (resource, wanted, name) in limits {
+            if let Some(Err(error)) = wanted.map(|wanted| lower(resource, wanted)) {
+                missing.push(format!("the limit {name}: {error}"));
+            }
+        }
+        // Nor to a program that takes cores through a pipe, for which the limit does not count.
+        if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+            missing.push(format!("refusing core dumps: {error}"));
         }
     }
-    // Nor to a program that takes cores through a pipe, for which the limit does not count.
-    if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
-        missing.push(format!("refusing core dumps: {error}"));
-    }
+}
+
+/// Sets a limit; one that is lower already stays.
+fn lower(resource: Resource, wanted: u64) -> rustix::io::Result<()> {
+    let now = rustix::process::getrlimit(resource);
+    let lowered = now.current.into_iter().chain(now.maximum).fold(wanted, u64::min);
+    rustix::process::setrlimit(resource, Rlimit { current: Some(lowered), maximum: Some(lowered) })
 }
 
 fn open_all(directories: Vec<Directory>) -> Result<Vec<OwnedFd>, SandboxError> {

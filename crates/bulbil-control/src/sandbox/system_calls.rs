@@ -52,13 +52,13 @@ struct Condition {
 /// Calls that work on what is open, or on this process alone, in all forms that C libraries use.
 #[rustfmt::skip]
 const ALWAYS: &[i64] = &[
-    // Files that are open.
+    // Files that are open; `fcntl` has conditions.
     libc::SYS_read, libc::SYS_readv, libc::SYS_pread64, libc::SYS_preadv, libc::SYS_preadv2,
     libc::SYS_write, libc::SYS_writev, libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_pwritev2,
     libc::SYS_lseek, libc::SYS_fstat, libc::SYS_newfstatat, libc::SYS_statx, libc::SYS_fstatfs,
     libc::SYS_ftruncate, libc::SYS_fallocate, libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_sync_file_range,
     libc::SYS_fadvise64, libc::SYS_readahead, libc::SYS_copy_file_range, libc::SYS_sendfile, libc::SYS_splice,
-    libc::SYS_fcntl, libc::SYS_flock, libc::SYS_dup, libc::SYS_dup3, libc::SYS_close, libc::SYS_close_range,
+    libc::SYS_flock, libc::SYS_dup, libc::SYS_dup3, libc::SYS_close, libc::SYS_close_range,
     // Sockets that are connected: neither made nor connected here, and no descriptor is passed on.
     libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown, libc::SYS_getsockopt,
     // Waiting.
@@ -126,6 +126,14 @@ const NAMESPACES: u64 = flags(
         | libc::CLONE_NEWCGROUP,
 );
 
+/// What is done to descriptors by `fcntl`: copies, flags and locks. Not who gets a signal of them, which would be a way
+/// to send any signal to any process of the user.
+#[rustfmt::skip]
+const DESCRIPTOR_COMMANDS: [i32; 12] = [
+    libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL,
+    libc::F_GETLK, libc::F_SETLK, libc::F_SETLKW, libc::F_OFD_GETLK, libc::F_OFD_SETLK, libc::F_OFD_SETLKW,
+];
+
 /// What terminals are asked; nothing is changed, and no other device is reached.
 const TERMINAL_QUESTIONS: [u64; 3] = [TCGETS, TIOCGWINSZ, TCGETS2];
 const TCGETS: u64 = 0x5401;
@@ -161,6 +169,7 @@ fn allowed(opens: Opens, pid: u64) -> Vec<Allowed> {
         // Its own limits, and only to look at them.
         only(libc::SYS_prlimit64, 2, u64::MAX, 0),
     ]);
+    list.extend(DESCRIPTOR_COMMANDS.map(|command| only(libc::SYS_fcntl, 1, ALL_BITS, flags(command))));
     list.extend(TERMINAL_QUESTIONS.map(|question| only(libc::SYS_ioctl, 1, ALL_BITS, question)));
     if opens != Opens::Nothing {
         list.extend(any(WITH_DIRECTORIES));
@@ -281,6 +290,23 @@ mod tests {
         }
         let [Some(signal)] = conditions(Opens::Nothing, libc::SYS_tgkill)[..] else { panic!("one condition") };
         assert_eq!((signal.argument, signal.value), (0, 7));
+    }
+
+    #[test]
+    fn no_descriptor_is_made_to_send_signals_to_others() {
+        for opens in ALL {
+            let conditions = conditions(opens, libc::SYS_fcntl);
+            let allows = |command: i32| {
+                conditions.iter().any(|condition| {
+                    condition.is_none_or(|condition| {
+                        condition.argument == 1 && flags(command) & condition.mask == condition.value
+                    })
+                })
+            };
+            assert!(allows(libc::F_DUPFD_CLOEXEC) && allows(libc::F_GETFL) && allows(libc::F_SETLK));
+            // F_SETOWN, F_SETSIG, F_SETOWN_EX
+            assert!([8, 10, 15].iter().all(|command| !allows(*command)), "{opens:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use crate::detect::check_expansion;
+use crate::holes::stored_bytes;
 use crate::{FormatError, ReadAt};
 
 mod manifest;
@@ -60,7 +61,7 @@ fn disk_of_ova(
         let entries = manifest::parse(&list.read(file, MAX_TEXT_BYTES)?)?;
         verify(&entries, description, &*description.open(file))?;
         // A member that is mostly a hole is read quickly, but not digested.
-        check_expansion("a disk to digest", disk.len_bytes, file.len_bytes())?;
+        check_expansion("a disk to digest", disk.len_bytes, stored_bytes(&*content)?)?;
         verify(&entries, disk, &*content)?;
     }
     Ok(content)

@@ -113,7 +113,12 @@ impl Walk<'_> {
             [b'x'] => self.pax = Pax::parse(&self.read_record(stored_bytes)?)?,
             [b'g'] => Pax::parse(&self.read_record(stored_bytes)?)?.check_empty()?,
             [b'L'] => self.long_name = Some(text(&self.read_record(stored_bytes)?)),
-            [b'5'] => self.skip(stored_bytes)?,
+            [b'5'] => {
+                // What was said of the folder is not for the file that follows.
+                self.take_name(&header);
+                self.pax = Pax::default();
+                self.skip(stored_bytes)?;
+            }
             [b'0' | b'7' | 0] => {
                 let name = self.take_name(&header);
                 let len_bytes = std::mem::take(&mut self.pax).size.unwrap_or(stored_bytes);

@@ -120,11 +120,13 @@ impl Qcow2Map {
         parse_l1(entry, self.header.cluster_bytes()).map_err(FormatError::corrupt)
     }
 
-    /// Counts the bytes from `offset` to the next L2 table that exists; there is none at `offset`.
-    fn unmapped_bytes(&self, offset: u64) -> Result<u64, FormatError> {
+    /// Counts the bytes from `offset` to the next L2 table that exists, up to a little more than `wanted_bytes`; there
+    /// is none at `offset`.
+    fn unmapped_bytes(&self, offset: u64, wanted_bytes: u64) -> Result<u64, FormatError> {
         let coverage = self.header.l2_coverage_bytes();
+        let last = offset.saturating_add(wanted_bytes) / coverage;
         let mut index = offset / coverage + 1;
-        while index < to_u64(self.l1.len()) && self.l2_offset(index)?.is_none() {
+        while index < to_u64(self.l1.len()) && index <= last && self.l2_offset(index)?.is_none() {
             index += 1;
         }
         Ok(index.saturating_mul(coverage).saturating_sub(offset))
@@ -213,7 +215,7 @@ impl BlockMap for Qcow2Map {
 
     fn run_at(&self, file: &dyn ReadAt, offset: u64, wanted_bytes: u64) -> Result<Run, FormatError> {
         match self.l2_table(file, offset)? {
-            None => Ok(Run { len_bytes: self.unmapped_bytes(offset)?, source: Source::Parent }),
+            None => Ok(Run { len_bytes: self.unmapped_bytes(offset, wanted_bytes)?, source: Source::Parent }),
             Some(table) => self.run_in_table(&table, offset, wanted_bytes),
         }
     }

@@ -92,13 +92,21 @@ impl VhdMap {
         index * self.header.block_bytes - offset
     }
 
-    /// Returns the run of sectors of a stored block that are all here or all the parent's.
-    fn run_in_differencing(&self, file: &dyn ReadAt, block: u64, in_block: u64) -> Result<Run, FormatError> {
+    /// Returns the run of sectors of a stored block that are all here or all the parent's, up to a little more than
+    /// `wanted_bytes`.
+    fn run_in_differencing(
+        &self,
+        file: &dyn ReadAt,
+        block: u64,
+        in_block: u64,
+        wanted_bytes: u64,
+    ) -> Result<Run, FormatError> {
         let bitmap = self.bitmaps.get_or_load(block, || {
             let mut bitmap = vec![0; to_usize(self.header.bitmap_bytes())];
             file.read_exact_at(&mut bitmap, block).map_err(FormatError::read(block)).map(|()| bitmap)
         })?;
-        let sectors = self.header.block_bytes / SECTOR_BYTES;
+        let wanted_end = in_block.saturating_add(wanted_bytes).div_ceil(SECTOR_BYTES);
+        let sectors = (self.header.block_bytes / SECTOR_BYTES).min(wanted_end);
         let first = in_block / SECTOR_BYTES;
         let here = is_set(&bitmap, first);
         let end = (first + 1..sectors).find(|sector| is_set(&bitmap, *sector) != here).unwrap_or(sectors);
@@ -200,7 +208,7 @@ impl BlockMap for VhdMap {
             return Ok(Run { len_bytes: self.absent_bytes(offset, wanted_bytes), source: self.absent() });
         };
         if self.footer.kind == Kind::Differencing {
-            return self.run_in_differencing(file, block, in_block);
+            return self.run_in_differencing(file, block, in_block, wanted_bytes);
         }
         let source = Source::Host(block + self.header.bitmap_bytes() + in_block);
         Ok(Run { len_bytes: self.header.block_bytes - in_block, source })

@@ -44,6 +44,8 @@ const HAS_PARENT: u32 = 1 << 1;
 const HAS_PARENT_BIT: u32 = 1;
 /// The names a parent has, the one that says most to a person first.
 const PARENT_KEYS: [&str; 4] = ["relative_path", "absolute_win32_path", "volume_path", "parent_linkage"];
+/// More than the longest of them has in UTF-16.
+const MAX_PARENT_KEY_BYTES: u16 = 64;
 
 /// What the metadata say; every field is within its bounds.
 #[derive(Debug, Clone)]
@@ -114,10 +116,12 @@ fn parent_name(locator: &[u8]) -> String {
         let bytes = locator.get(to_usize(at.into())..).unwrap_or_default();
         utf16(bytes.get(..usize::from(len)).unwrap_or_default())
     };
-    let pairs = pairs.map(|pair| (text(le_u32(pair, 0), le_u16(pair, 8)), text(le_u32(pair, 4), le_u16(pair, 10))));
-    let rank = |key: &str| PARENT_KEYS.iter().position(|known| *known == key);
-    let named = pairs.filter_map(|(key, value)| Some((rank(&key)?, value)));
-    named.min_by_key(|(rank, _)| *rank).map(|(_, value)| value).unwrap_or_default()
+    // Of tens of thousands of pairs only short keys and one value are decoded.
+    let key = |pair: &[u8]| text(le_u32(pair, 0), le_u16(pair, 8).min(MAX_PARENT_KEY_BYTES));
+    let rank = |pair: &[u8]| PARENT_KEYS.iter().position(|known| *known == key(pair));
+    let named = pairs.filter_map(|pair| Some((rank(pair)?, pair)));
+    let best = named.min_by_key(|(rank, _)| *rank);
+    best.map(|(_, pair)| text(le_u32(pair, 4), le_u16(pair, 10))).unwrap_or_default()
 }
 
 /// The items that are understood.

@@ -21,6 +21,8 @@ use crate::disk::{SECTOR_BYTES, check_size};
 
 /// A disk of 8 TiB in files of 2 GiB.
 const MAX_EXTENTS: usize = 4096;
+/// The longest content identifier in a text.
+const CONTENT_ID_DIGITS: usize = 8;
 const NO_PARENT: u32 = u32::MAX;
 
 /// How a disk is put together.
@@ -142,11 +144,22 @@ fn bad(reason: impl Into<String>) -> FormatError {
     FormatError::BadDescriptor { reason: reason.into() }
 }
 
+/// Whether what comes after the text is zeros, but for the end of a text that was there before and was a little longer.
+///
+/// `qemu-img` 7.2 writes a new content identifier without leading zeros over the old one. That makes the text shorter,
+/// and leaves the last bytes of the old one behind a zero.
+fn is_padding(padding: &[u8], text: &[u8]) -> bool {
+    let start = padding.iter().position(|byte| *byte != 0).unwrap_or(padding.len());
+    let end = padding.iter().rposition(|byte| *byte != 0).map_or(start, |last| last + 1);
+    let left_over = padding.get(start..end).unwrap_or_default();
+    left_over.len() < CONTENT_ID_DIGITS && text.ends_with(left_over)
+}
+
 /// Takes the bytes before the padding as text.
 fn text(bytes: &[u8]) -> Result<String, FormatError> {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let (text, padding) = bytes.split_at(end);
-    if padding.iter().any(|byte| *byte != 0) {
+    if !is_padding(padding, text) {
         return Err(bad("there is a zero byte in the text"));
     }
     // VMware on Windows writes names in the encoding of the machine and says so. Such names are good for display only.
@@ -345,4 +358,30 @@ pub(crate) fn plain_name(name: &str) -> Result<&str, FormatError> {
         return Ok(name);
     };
     Err(FormatError::ExternalExtent { name: shortened(name).to_owned(), reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_end_of_an_older_text_may_follow_a_zero() {
+        let line = b"ddb.toolsVersion = \"2147483647\"\n";
+        for (padding, is_fine) in [
+            (&b""[..], true),
+            (b"\0\0\0", true),
+            (b"\0\n", true),
+            (b"\0\n\0\0", true),
+            (b"\0\0\"\n\0", true),
+            (b"\x0083647\"\n", true),
+            (b"\x00483647\"\n", false),
+            (b"\0\0x\n", false),
+            (b"\0\n\0\n", false),
+            (b"\0RW 1 FLAT \"/etc/passwd\" 0\n", false),
+        ] {
+            let found = text(&[&line[..], padding].concat());
+            assert_eq!(found.is_ok(), is_fine, "{padding:?}");
+            assert!(found.is_err() || found.is_ok_and(|text| text.as_bytes() == line));
+        }
+    }
 }

@@ -67,13 +67,15 @@ impl SparseMap {
         self.directory.get(to_usize(index)).copied().filter(|sector| *sector != 0)
     }
 
-    /// Counts the bytes from `offset` to the next grain table that exists; there is none at `offset`.
-    fn unmapped_bytes(&self, offset: u64) -> u64 {
+    /// Counts the bytes from `offset` to the next grain table that exists, up to a little more than `wanted_bytes`;
+    /// there is none at `offset`.
+    fn unmapped_bytes(&self, offset: u64, wanted_bytes: u64) -> u64 {
         let coverage = self.header.table_coverage_bytes();
         let next = offset / coverage + 1;
         let rest = self.directory.get(to_usize(next)..).unwrap_or_default();
-        let gap = rest.iter().position(|sector| *sector != 0).unwrap_or(rest.len());
-        (next + to_u64(gap)) * coverage - offset
+        let wanted = rest.iter().take(to_usize(wanted_bytes.div_ceil(coverage)));
+        let gap = to_u64(wanted.take_while(|sector| **sector == 0).count());
+        (next + gap) * coverage - offset
     }
 
     fn run_in_table(&self, table: &[u32], offset: u64, wanted_bytes: u64) -> Run {
@@ -136,7 +138,7 @@ impl BlockMap for SparseMap {
     fn run_at(&self, file: &dyn ReadAt, offset: u64, wanted_bytes: u64) -> Result<Run, FormatError> {
         let index = offset / self.header.table_coverage_bytes();
         let Some(sector) = self.table_sector(index) else {
-            return Ok(Run { len_bytes: self.unmapped_bytes(offset), source: Source::Zero });
+            return Ok(Run { len_bytes: self.unmapped_bytes(offset, wanted_bytes), source: Source::Zero });
         };
         let load = || read_words(file, u64::from(sector) * SECTOR_BYTES, TABLE_BYTES);
         let table: Arc<Box<[u32]>> = self.tables.get_or_load(index, load)?;

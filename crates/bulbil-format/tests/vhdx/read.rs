@@ -58,7 +58,9 @@ fn check_converted(expected: &[u8], options: &str) -> Box<dyn Disk> {
     let data = check_content(&*disk, expected);
     let data_bytes: u64 = data.iter().map(|(_, len)| len).sum();
     let info = disk.info();
-    assert_eq!(info.data_bytes, Some(data_bytes));
+    // A large block may be mostly a hole.
+    let has_holes = info.cluster_bytes.unwrap() > 4 << 20 && info.data_bytes.unwrap() > data_bytes;
+    assert!(has_holes || info.data_bytes == Some(data_bytes));
     assert_eq!(info.creator.as_deref().unwrap().split(' ').next(), Some("QEMU"));
     assert_eq!(info.file_bytes, std::fs::metadata(&path).unwrap().len());
     assert!(info.notes.is_empty());

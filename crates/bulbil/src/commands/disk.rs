@@ -46,19 +46,25 @@ fn describe(disk: &DiskDescription) -> String {
         let plural = if clusters == 1 { "" } else { "s" };
         pairs.push(("compression", format!("{compression}, {clusters} compressed cluster{plural}")));
     }
-    pairs.extend(disk.identifier.iter().map(|identifier| ("identifier", identifier.clone())));
-    pairs.extend(disk.creator.iter().map(|creator| ("creator", creator.clone())));
-    pairs.extend(disk.notes.iter().map(|note| ("note", note.clone())));
+    pairs.extend(disk.identifier.iter().map(|identifier| ("identifier", visible(identifier))));
+    pairs.extend(disk.creator.iter().map(|creator| ("creator", visible(creator))));
+    pairs.extend(disk.notes.iter().map(|note| ("note", visible(note))));
     let mut text = fields(&pairs);
     if !disk.snapshots.is_empty() {
         let row = |snapshot: &bulbil_control::SnapshotDescription| {
             let taken = when(i64::try_from(snapshot.created_at).unwrap_or(i64::MAX));
-            vec![snapshot.id.clone(), snapshot.name.clone(), ByteSize(snapshot.size_bytes).to_string(), taken]
+            vec![visible(&snapshot.id), visible(&snapshot.name), ByteSize(snapshot.size_bytes).to_string(), taken]
         };
         let rows: Vec<_> = disk.snapshots.iter().map(row).collect();
         text = format!("{text}\n\n{}", table(&["SNAPSHOT", "NAME", "SIZE", "TAKEN"], &rows));
     }
     text
+}
+
+/// A text out of an image, whose control characters must not reach the terminal.
+fn visible(text: &str) -> String {
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
 }
 
 /// Ends a command that wrote an image file.
@@ -76,9 +82,11 @@ pub(super) fn tell_written(printer: &Printer, written: &WrittenFile, started: In
 
 /// Adds what to type next when an image could not be read; `format_option` says its format.
 fn with_input_hints(error: CliError, file: &DiskFile, format_option: &str) -> CliError {
-    error
-        .hint_from_causes(&file.path, format_option)
-        .hint_for(ErrorCode::NoSpace, "compressed files are unpacked there; choose another place: TMPDIR=DIR")
+    let temp_dir = std::env::temp_dir();
+    error.hint_from_causes(&file.path, format_option).hint_for(
+        ErrorCode::NoSpace,
+        format!("compressed files are unpacked in `{}`: choose another: TMPDIR=DIR", temp_dir.display()),
+    )
 }
 
 /// Adds what to type next when an image could not be written.

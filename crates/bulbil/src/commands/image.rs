@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bulbil_api::Event;
-use bulbil_control::{ErrorCode, ExportRequest, ImageRecord, ImportRequest};
+use bulbil_control::{ErrorCode, ExportRequest, Format, ImageRecord, ImportRequest};
 use bulbil_types::ByteSize;
 
 use super::{Context, disk};
@@ -16,7 +16,7 @@ use crate::progress;
 pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResult<()> {
     match command {
         ImageCommand::Import { file, name, format, input } => {
-            let image = import(context, &file, name, format, input).await?;
+            let image = import(context, &file, name, format, input, "--format").await?;
             context.printer.result(&image, || image.id.to_string())
         }
         ImageCommand::List => list(context).await,
@@ -29,26 +29,28 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
     }
 }
 
-/// Imports a file while a bar shows how it goes.
+/// Imports a file while a bar shows how it goes; `format_option` is what to type to say its format.
 pub(crate) async fn import(
     context: &Context<'_>,
     file: &Path,
     name: Option<NameAndVersion>,
-    format: Option<String>,
+    format: Option<Format>,
     input: InputArgs,
+    format_option: &str,
 ) -> CliResult<ImageRecord> {
     let path = absolute(file, file)?;
     let (name, version) = name.map_or((None, None), |n| (Some(n.name), n.version));
     let parents = input.parent.iter().map(|parent| absolute(file, parent)).collect::<CliResult<_>>()?;
     let extent_dir = input.extent_dir.map(|directory| absolute(file, &directory)).transpose()?;
     let (snapshot, allow_unsandboxed) = (input.snapshot, input.no_sandbox);
+    let format = format.map(|format| format.to_string());
     let request = ImportRequest { path, name, version, format, parents, extent_dir, snapshot, allow_unsandboxed };
     let started = std::time::Instant::now();
     let with_hints = |e: bulbil_api::ClientError| {
         CliError::from(e)
             .hint_for(ErrorCode::InUse, "give it another version: --as NAME:VERSION, or see: bulbil image list")
             .hint_for(ErrorCode::NoSpace, "free some space, or choose another --data-dir")
-            .hint_from_causes(file, "--format")
+            .hint_from_causes(file, format_option)
     };
     let mut events = context.client.import(&request).await.map_err(with_hints)?;
     let bar = progress::data_bar("importing");

@@ -13,6 +13,9 @@ use crate::progress::{BootReport, boot_spinner, seconds};
 /// The most user data read from a file; the daemon knows the limit of each personality.
 const MAX_USER_DATA_BYTES: u64 = 1 << 20;
 
+/// What names of disk image files end with.
+const DISK_EXTENSIONS: [&str; 8] = ["qcow2", "raw", "img", "vhd", "vhdx", "vmdk", "vdi", "ova"];
+
 pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliResult<()> {
     let user_data = arguments.user_data.as_deref().map(read_user_data).transpose()?;
     let public_keys = arguments.key.iter().map(|path| read_key(path)).collect::<CliResult<Vec<_>>>()?;
@@ -40,7 +43,10 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
         }
         // What is wrong must not be found out after a long import.
         context.client.check_launch(&request).await.map_err(|e| with_launch_hints(e.into(), &request))?;
-        let imported = image::import(context, &file, None, None, arguments.input).await.map_err(|mut error| {
+        // A launch takes no format.
+        let format_option = format!("bulbil image import {} --format", file.display());
+        let imported = image::import(context, &file, None, None, arguments.input, &format_option);
+        let imported = imported.await.map_err(|mut error| {
             if error.code == Some(ErrorCode::InUse) {
                 let file = file.display();
                 error.hint = Some(format!(
@@ -50,6 +56,9 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
             error
         })?;
         request.image = imported.id.to_string();
+    } else if let Some(option) = arguments.input.first_given() {
+        let text = format!("{option} fits a file that is imported; `{}` is an image", request.image);
+        return Err(CliError::usage(text).hint("leave it out, or give the file with a slash: ./FILE"));
     }
     let events = context.client.launch(&request, arguments.wait.wait).await;
     let events = events.map_err(|e| with_launch_hints(e.into(), &request))?;
@@ -91,7 +100,7 @@ pub(crate) async fn reboot(context: &Context<'_>, name: &str, force: bool, wait:
 /// file and no such image.
 async fn file_meant_by(context: &Context<'_>, typed: &str) -> CliResult<Option<PathBuf>> {
     let path = Path::new(typed);
-    let disk_extension = path.extension().is_some_and(|e| ["qcow2", "raw", "img"].iter().any(|known| e == *known));
+    let disk_extension = path.extension().is_some_and(|e| DISK_EXTENSIONS.iter().any(|known| e == *known));
     if typed.contains('/') {
         return Ok(Some(path.to_owned()));
     }

@@ -8,8 +8,8 @@ use crate::{Compression, ConvertError};
 /// Of programs and texts this makes 4 % less than `qemu-img` does with zlib, in 40 % of its time; level 6 makes 1 % less
 /// than this and takes half as long again.
 const DEFLATE_LEVEL: i32 = 4;
-/// What `qemu-img` takes.
-const ZSTD_LEVEL: i32 = 3;
+/// Of programs and texts this makes 1.4 % more than level 3, which `qemu-img` takes, in 60 % of its time.
+const ZSTD_LEVEL: i32 = 2;
 
 /// Compressed clusters are at least this far apart. So the 16 bits of a reference count are enough for all that share a
 /// host cluster, and no image expands to more than 1024 times its length, which would look like an attack.

@@ -101,13 +101,13 @@ impl Placed {
         if table.is_empty() {
             return Ok(None);
         }
-        let offset = self.end_sector * SECTOR_BYTES;
+        let marker_sector = self.end_sector;
         let words: Vec<u8> = table.entries.iter().flat_map(|sector| sector.to_le_bytes()).collect();
         let bytes = marked(MARKER_TABLE, &words);
-        self.directory.resize(to_usize(table.index), 0);
-        self.directory.push(entry(self.end_sector + 1));
         self.advance(to_u64(bytes.len()) / SECTOR_BYTES)?;
-        Ok(Some((offset, bytes)))
+        self.directory.resize(to_usize(table.index), 0);
+        self.directory.push(entry(marker_sector + 1));
+        Ok(Some((marker_sector * SECTOR_BYTES, bytes)))
     }
 
     fn advance(&mut self, sectors: u64) -> Result<(), ConvertError> {
@@ -232,5 +232,20 @@ impl Writer for StreamWriter {
         write_at(file, &self.header.encode(), 0)?;
         let end_bytes = placed.end_sector * SECTOR_BYTES;
         file.set_len(end_bytes).map_err(ConvertError::write(end_bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::header::MAX_SECTORS;
+    use super::*;
+
+    #[test]
+    fn a_table_that_has_no_room_is_an_error() {
+        for (end_sector, fits) in [(MAX_SECTORS - 5, true), (MAX_SECTORS - 4, false), (MAX_SECTORS, false)] {
+            let mut placed = Placed { end_sector, directory: Vec::new(), table: Table::new(0) };
+            placed.table.set(0, OVERHEAD_SECTORS);
+            assert_eq!(placed.end_table(1).is_ok(), fits, "{end_sector:#x}");
+        }
     }
 }
