@@ -42,6 +42,12 @@ impl CliError {
         Self { causes: vec![error.to_string()], status, ..Self::new(message) }
     }
 
+    /// A file that was named cannot be opened.
+    pub(crate) fn cannot_open(file: &std::path::Path, error: &std::io::Error) -> Self {
+        let failed = Self::io(format!("cannot open `{}`", file.display()), error);
+        if is_url(file) { failed.hint(URL_HINT) } else { failed }
+    }
+
     pub(crate) fn caused_by(mut self, cause: impl Into<String>) -> Self {
         self.causes.push(cause.into());
         self
@@ -62,9 +68,11 @@ impl CliError {
     pub(crate) fn hint_from_causes(self, file: &std::path::Path, format_option: &str) -> Self {
         let says = |word: &str| self.causes.iter().any(|cause| cause.starts_with(word));
         let ends = |words: &str| self.causes.iter().any(|cause| cause.ends_with(words));
-        let file = file.display();
+        let shown = file.display();
         let hint = if let Some(hint) = self.hint_of_file_below(says) {
             hint.to_owned()
+        } else if is_url(file) {
+            URL_HINT.to_owned()
         } else if says("has-backing-file") || says("differencing") {
             "name the image it is based on: --parent FILE".to_owned()
         } else if says("parent-mismatch") && (ends("no parent") || ends("no backing file")) {
@@ -74,7 +82,7 @@ impl CliError {
         } else if says("external-extent") {
             "its other files must lie in the directory that is named: --extent-dir DIR".to_owned()
         } else if says("no-such-snapshot") {
-            format!("see which there are: bulbil disk info {file}")
+            format!("see which there are: bulbil disk info {shown}")
         } else if says("not a disk image") {
             format!("if it is a raw disk all the same, say so: {format_option} raw")
         } else if says("format-mismatch") {
@@ -82,17 +90,17 @@ impl CliError {
         } else if says("encrypted: the content, with ") {
             format!(
                 "decrypt a copy of it: qemu-img convert --object secret,id=key,file=PASSWORD-FILE --image-opts \
-                 driver=qcow2,encrypt.key-secret=key,file.filename={file} -O qcow2 {}",
-                flat_name(&file.to_string())
+                 driver=qcow2,encrypt.key-secret=key,file.filename={shown} -O qcow2 {}",
+                flat_name(&shown.to_string())
             )
         } else if says("external-data-file") {
-            format!("flatten it first: qemu-img convert -O qcow2 {file} {}", flat_name(&file.to_string()))
+            format!("flatten it first: qemu-img convert -O qcow2 {shown} {}", flat_name(&shown.to_string()))
         } else if says("marked-corrupt") {
-            format!("repair a copy of it: qemu-img check -r all {file}")
+            format!("repair a copy of it: qemu-img check -r all {shown}")
         } else if says("unsupported-format")
             && QEMU_READS.iter().any(|name| self.causes.iter().any(|cause| cause.contains(name)))
         {
-            format!("convert it first: qemu-img convert -O qcow2 {file} {}", flat_name(&file.to_string()))
+            format!("convert it first: qemu-img convert -O qcow2 {shown} {}", flat_name(&shown.to_string()))
         } else if says("unsupported-format") && self.causes.iter().any(|cause| cause.ends_with(" archive")) {
             "unpack it first, and take the image in it".to_owned()
         } else if says("sandbox-unavailable") {
@@ -137,6 +145,14 @@ impl CliError {
     pub(crate) fn is_broken_pipe(&self) -> bool {
         self.status == 3
     }
+}
+
+const URL_HINT: &str = "only files are read: download it first, and check its digest";
+
+/// Whether what was named looks like `https://…`; it is taken for the name of a file all the same.
+fn is_url(file: &std::path::Path) -> bool {
+    let text = file.to_string_lossy();
+    text.split_once("://").is_some_and(|(scheme, _)| !scheme.is_empty() && !scheme.contains('/'))
 }
 
 impl From<ControlError> for CliError {

@@ -173,6 +173,12 @@ fn an_error_says_what_to_type_next() {
             (&["image", "import", &external], 1, &[flatten]),
             (&["image", "import", &qed], 1, &[convert]),
             (&["image", "import", &zip], 1, &["hint: unpack it first"]),
+            (
+                &["image", "import", "https://example.org/disk.qcow2"],
+                1,
+                &["cannot open `https", "hint: only files are"],
+            ),
+            (&["disk", "info", "nbd://127.0.0.1/disk"], 1, &["cannot open `nbd", "hint: only files are read"]),
             (&["image", "import", &noise], 1, &["hint: ", "say so: --format raw\n"]),
             (&["image", "import", &backed, "--parent", &noise], 1, &["hint: ", "disk convert -f raw IN OUT.qcow2"]),
             // A launch has no such option.

@@ -83,7 +83,7 @@ pub(crate) async fn import(
 fn absolute(file: &Path, typed: &Path) -> CliResult<PathBuf> {
     // Not canonical: the image is named after the file that was typed, not what a link leads to.
     let path = std::path::absolute(typed).and_then(|path| std::fs::metadata(&path).map(|_| path));
-    let path = path.map_err(|e| CliError::io(format!("cannot open `{}`", typed.display()), &e))?;
+    let path = path.map_err(|e| CliError::cannot_open(typed, &e))?;
     if path.to_str().is_none() {
         let what = if typed == file { "its path".to_owned() } else { format!("the path `{}`", typed.display()) };
         return Err(CliError::new(format!("cannot import `{}`", file.display()))

@@ -35,7 +35,7 @@ pub(crate) async fn launch(context: &Context<'_>, arguments: LaunchArgs) -> CliR
     let started = std::time::Instant::now();
     if let Some(file) = file_meant_by(context, &arguments.image).await? {
         if request.dry_run {
-            std::fs::metadata(&file).map_err(|e| CliError::io(format!("cannot open `{}`", file.display()), &e))?;
+            std::fs::metadata(&file).map_err(|e| CliError::cannot_open(&file, &e))?;
             context
                 .printer
                 .note(&format!("would import `{}` first; nothing was created: this was a dry run", file.display()));
