@@ -115,7 +115,7 @@ fn zeros_take_no_room_and_noise_is_stored_as_it_is() {
 }
 
 #[test]
-fn compressed_images_are_not_larger_than_those_of_qemu() {
+fn compressed_images_are_about_as_large_as_those_of_qemu() {
     println!("seed {SEED:#x}");
     let files = Files::new();
     // Text of many lines, as the content of files is.
@@ -130,8 +130,10 @@ fn compressed_images_are_not_larger_than_those_of_qemu() {
         run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &kind, &files.text("disk.raw"), &theirs]);
         let theirs = std::fs::metadata(theirs).unwrap().len();
         println!("{compression}: {len_bytes} bytes, by qemu-img {theirs}");
-        // QEMU ends the file within its last cluster.
-        assert!(len_bytes <= theirs.next_multiple_of(64 << 10), "{len_bytes} bytes, by qemu-img {theirs}");
+        // QEMU ends the file within its last cluster. With zstd we take a quicker level.
+        let percent = if compression == Compression::Zstd { 103 } else { 100 };
+        let most = theirs.next_multiple_of(64 << 10) * percent / 100;
+        assert!(len_bytes <= most, "{len_bytes} bytes, by qemu-img {theirs}");
     }
 }
 

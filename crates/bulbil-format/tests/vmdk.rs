@@ -126,6 +126,22 @@ fn sets_of_extents_read_the_same_when_their_folder_is_named() {
 }
 
 #[test]
+fn a_set_of_compressed_extents_is_refused() {
+    let fixture = Fixture::new(disks().swap_remove(0));
+    let image = fixture.by_qemu("subformat=twoGbMaxExtentSparse");
+    let text = std::fs::read_to_string(&image).unwrap();
+    let (_, name) = text.lines().find(|line| line.starts_with("RW ")).unwrap().split_once('"').unwrap();
+    let extent = image.with_file_name(name.trim_end_matches('"'));
+    let (raw, extent) = (image.with_file_name("disk.raw"), extent.to_str().unwrap());
+    write_sparse(&raw, &fixture.disk);
+    let stream =
+        ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw.to_str().unwrap(), extent];
+    run("qemu-img", &stream);
+    let error = open_set(&image).unwrap_err().to_string();
+    assert_eq!(error, "unsupported-format: VMDK of several compressed extents");
+}
+
+#[test]
 fn a_set_of_several_extents_is_one_disk() {
     const GIB: u64 = 1 << 30;
     let dir = tempfile::tempdir().unwrap();

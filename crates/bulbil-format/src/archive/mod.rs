@@ -28,8 +28,11 @@ const MAX_TEXT_BYTES: u64 = 1 << 20;
 /// The one member of an archive without a description.
 const RAW_MEMBER: &str = "disk.raw";
 
+/// The names of an archive's members may be long; a message is read by people.
+const MAX_REASON_CHARS: usize = 1000;
+
 fn bad(reason: impl Into<String>) -> FormatError {
-    FormatError::BadArchive { reason: reason.into() }
+    FormatError::BadArchive { reason: reason.into().chars().take(MAX_REASON_CHARS).collect() }
 }
 
 /// Returns the disk image in an archive, after a comparison with the digests in its manifest, if there is one: then

@@ -73,11 +73,15 @@ pub(crate) fn run<W: Writer>(
         turns: Mutex::new(Turns { next: 0, state: writer.begin(file)?, failed: None }),
         turned: Condvar::new(),
     };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS)) + 1;
+    let helpers = std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS));
     std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| job.work());
+        for _ in 0..helpers {
+            // Where the system gives no more threads, the work is done by those there are.
+            if std::thread::Builder::new().spawn_scoped(scope, || job.work()).is_err() {
+                break;
+            }
         }
+        job.work();
     });
     let turns = job.turns.into_inner().unwrap_or_else(PoisonError::into_inner);
     match turns.failed {

@@ -40,7 +40,7 @@ pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 /// The part of a snapshot table entry that every snapshot has.
 pub(super) const SNAPSHOT_ENTRY_BYTES: u64 = 40;
-/// QEMU's own limit for the name of a backing file.
+/// QEMU's own limit for the name of a backing file; no more of any name is repeated in a message.
 const MAX_NAME_BYTES: u32 = 1023;
 /// 2 to the power of 6 is 64 bits, the widest reference count.
 const MAX_REFCOUNT_ORDER: u32 = 6;
@@ -325,7 +325,10 @@ impl Extensions {
 
     fn take(&mut self, kind: u32, data: &[u8]) {
         match kind {
-            EXT_DATA_FILE => self.data_file = Some(String::from_utf8_lossy(data).into_owned()),
+            EXT_DATA_FILE => {
+                let name = data.get(..to_usize(u64::from(MAX_NAME_BYTES))).unwrap_or(data);
+                self.data_file = Some(String::from_utf8_lossy(name).into_owned());
+            }
             EXT_ENCRYPTION => self.encryption = true,
             EXT_FEATURE_NAMES => {
                 let incompatible = data.chunks_exact(FEATURE_NAME_BYTES).filter(|entry| entry.first() == Some(&0));

@@ -76,6 +76,12 @@ impl SplitDisk {
             }
             _ => {
                 let header = Header::read(&*file)?;
+                // No program writes them, and each extent would keep decoded grains of its own.
+                if header.is_compressed() {
+                    return Err(FormatError::UnsupportedFormat {
+                        name: "VMDK of several compressed extents".to_owned(),
+                    });
+                }
                 check_extent_size(&header, line.sectors)?;
                 let map = SparseMap::new(&*file, header, len_bytes, About::default())?;
                 let sparse = Mapped::new(file, map, None);
