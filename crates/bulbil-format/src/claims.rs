@@ -2,6 +2,8 @@
 //!
 //! Without this check a file of 384 KiB can claim to be 1 TiB of data, all of it the same few clusters.
 
+use std::ops::Range;
+
 use crate::FormatError;
 use crate::bytes::{to_u64, to_usize};
 
@@ -31,6 +33,23 @@ impl ClusterSet {
     /// Adds the cluster at a host offset and fails if it was there.
     pub(crate) fn claim(&mut self, host_offset: u64, cluster_bits: u32) -> Result<(), FormatError> {
         if self.insert(host_offset >> cluster_bits) { Ok(()) } else { Err(referenced_twice(host_offset)) }
+    }
+
+    /// Adds clusters by number; fails with the first that was there. As `insert` past the end of the file.
+    pub(crate) fn claim_range(&mut self, clusters: Range<u64>) -> Result<(), u64> {
+        let mut cluster = clusters.start;
+        while cluster < clusters.end {
+            let first_bit = cluster % 64;
+            let bits = (64 - first_bit).min(clusters.end - cluster);
+            let mask = (u64::MAX >> (64 - bits)) << first_bit;
+            let Some(word) = self.words.get_mut(to_usize(cluster / 64)) else { return Ok(()) };
+            if *word & mask != 0 {
+                return Err(cluster - first_bit + u64::from((*word & mask).trailing_zeros()));
+            }
+            *word |= mask;
+            cluster += bits;
+        }
+        Ok(())
     }
 
     pub(crate) fn first_common(&self, other: &Self) -> Option<u64> {

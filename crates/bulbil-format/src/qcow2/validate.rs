@@ -134,10 +134,9 @@ impl<'a> Validator<'a> {
         }
         let mut plain = ClusterSet::new(host_clusters);
         plain.claim(0, header.cluster_bits)?;
-        for table in tables {
-            for offset in table.clone().step_by(to_usize(header.cluster_bytes())) {
-                plain.claim(offset, header.cluster_bits)?;
-            }
+        for table in tables.iter().filter(|table| !table.is_empty()) {
+            let clusters = table.start >> header.cluster_bits..table.end.div_ceil(header.cluster_bytes());
+            plain.claim_range(clusters).map_err(|cluster| referenced_twice(cluster << header.cluster_bits))?;
         }
         Ok(Self {
             header,

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::FormatError;
-use crate::bytes::to_usize;
+use crate::claims::ClusterSet;
 use crate::disk::SECTOR_BYTES;
 
 use super::header::MAX_SECTORS;
@@ -13,32 +13,20 @@ const SLACK_SECTORS: u64 = 1 << 16;
 
 /// A set of sectors, one bit each: at most 512 MiB, touched only where the file is used.
 pub(super) struct SectorSet {
-    words: Vec<u64>,
+    sectors: ClusterSet,
 }
 
 impl SectorSet {
     /// Makes a set for a file of a length.
     pub(super) fn new(len_bytes: u64) -> Self {
         let sectors = len_bytes.div_ceil(SECTOR_BYTES).min(MAX_SECTORS + SLACK_SECTORS);
-        Self { words: vec![0; to_usize(sectors.div_ceil(64))] }
+        Self { sectors: ClusterSet::new(sectors) }
     }
 
     /// Adds sectors and fails if one of them was there. Sectors past the end of the file are in no set.
     pub(super) fn claim(&mut self, sectors: Range<u64>) -> Result<(), FormatError> {
-        let mut sector = sectors.start;
-        while sector < sectors.end {
-            let first_bit = sector % 64;
-            let bits = (64 - first_bit).min(sectors.end - sector);
-            let mask = (u64::MAX >> (64 - bits)) << first_bit;
-            let Some(word) = self.words.get_mut(to_usize(sector / 64)) else { return Ok(()) };
-            if *word & mask != 0 {
-                let twice = sector - first_bit + u64::from((*word & mask).trailing_zeros());
-                return Err(FormatError::corrupt(format!("sector {twice:#x} referenced twice")));
-            }
-            *word |= mask;
-            sector += bits;
-        }
-        Ok(())
+        let claimed = self.sectors.claim_range(sectors);
+        claimed.map_err(|twice| FormatError::corrupt(format!("sector {twice:#x} referenced twice")))
     }
 }
 
