@@ -7,8 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use bulbil_format::{Disk, FileReader, Format, FormatError, OpenOptions, open_disk};
+use bulbil_format::{
+    ConvertError, Disk, DiskContent, Extent, ExtentKind, FileReader, Format, FormatError, Identity, NoObserver,
+    OpenOptions, Target, convert, open_disk,
+};
 
 /// A small seeded generator (SplitMix64); tests print their seed.
 pub(crate) struct Rng(pub(crate) u64);
@@ -171,4 +175,67 @@ pub(crate) fn qemu_data_extents(path: &Path) -> Vec<(u64, u64)> {
         push_joined(&mut extents, (start, len));
     }
     extents
+}
+
+/// Whose images the tests write.
+pub(crate) const IDENTITY: Identity = Identity { uuid: *b"sixteen letters!", created_unix_s: 1_700_000_000 };
+
+/// Writes an image over whatever is at a path.
+pub(crate) fn write_image(source: &dyn DiskContent, target: &Target, path: &Path) -> Result<(), ConvertError> {
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+    convert(source, &file, target, &IDENTITY, &NoObserver)
+}
+
+/// Opens bytes as the disk that they are.
+pub(crate) fn raw_in_memory(bytes: &[u8]) -> Box<dyn Disk> {
+    open_bytes(bytes, Some(Format::Raw)).unwrap()
+}
+
+/// Disks of all kinds: empty, with one sector, with a few runs, full; smaller than a block, ending in the middle of one.
+pub(crate) fn disks_of_all_kinds(seed: u64) -> Vec<(&'static str, Vec<u8>)> {
+    const MIB: usize = 1 << 20;
+    let mut rng = Rng(seed);
+    let mut one_sector = vec![0; 9 * MIB + 512];
+    one_sector[5 * MIB..5 * MIB + 512].fill(0x77);
+    one_sector[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let mut dense = content(&mut rng, 6 * MIB);
+    dense.iter_mut().for_each(|byte| *byte |= 1);
+    vec![
+        ("empty", vec![0; 5 * MIB]),
+        ("one sector", one_sector),
+        ("runs", content(&mut rng, 13 * MIB)),
+        ("dense", dense),
+        ("104448 bytes", content(&mut rng, 104_448)),
+        ("1 MiB and a sector", content(&mut rng, MIB + 512)),
+    ]
+}
+
+/// Checks that an image is refused at once, with a message that begins so and so with its code.
+#[track_caller]
+pub(crate) fn check_refused_at_once(bytes: &[u8], message: &str) {
+    let start = Instant::now();
+    let error = open_bytes(bytes, None).map(|_| ()).expect_err(message);
+    assert!(start.elapsed() < Duration::from_secs(1), "{message} takes {:?}", start.elapsed());
+    assert!(error.to_string().starts_with(message), "expected: {message}\n   found: {error}");
+    assert!(message.starts_with(error.code()), "{}: {message}", error.code());
+}
+
+/// A disk of zeros of any size.
+#[derive(Debug)]
+pub(crate) struct Zeros(pub(crate) u64);
+
+impl DiskContent for Zeros {
+    fn size_bytes(&self) -> u64 {
+        self.0
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], _offset_bytes: u64) -> Result<(), FormatError> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn next_extent(&self, offset_bytes: u64) -> Result<Option<Extent>, FormatError> {
+        let len_bytes = self.0.saturating_sub(offset_bytes);
+        Ok((len_bytes > 0).then_some(Extent { offset_bytes, len_bytes, kind: ExtentKind::Zero }))
+    }
 }

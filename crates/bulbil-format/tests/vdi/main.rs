@@ -6,20 +6,18 @@ mod refusals;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use bulbil_format::{
-    ConvertError, Disk, DiskContent, Extent, ExtentKind, FileReader, Format, FormatError, Identity, NoObserver,
-    OpenOptions, Target, convert, open_disk,
+use bulbil_format::{ConvertError, DiskContent, FileReader, Format, OpenOptions, Target, open_disk};
+use support::{
+    Rng, Zeros, check_content, content, disks_of_all_kinds, open_bytes, open_path, raw_in_memory, run, write_image,
+    write_sparse,
 };
-use support::{Rng, check_content, content, open_bytes, open_path, run, write_sparse};
 
 const SEED: u64 = 0x5eed_0201;
 const MIB: usize = 1 << 20;
-const IDENTITY: Identity = Identity { uuid: *b"sixteen letters!", created_unix_s: 1_700_000_000 };
 
 /// Makes an image by hand: `entries` are the block map, `blocks` the file's blocks in order.
 fn image(kind: u32, size_bytes: u64, entries: &[u32], blocks: &[u8]) -> Vec<u8> {
@@ -48,22 +46,6 @@ fn image(kind: u32, size_bytes: u64, entries: &[u32], blocks: &[u8]) -> Vec<u8> 
     [&bytes, blocks].concat()
 }
 
-fn disks() -> Vec<(&'static str, Vec<u8>)> {
-    let mut rng = Rng(SEED);
-    let mut one_sector = vec![0; 9 * MIB + 512];
-    one_sector[5 * MIB..5 * MIB + 512].fill(0x77);
-    let mut dense = content(&mut rng, 6 * MIB);
-    dense.iter_mut().for_each(|byte| *byte |= 1);
-    vec![
-        ("empty", vec![0; 5 * MIB]),
-        ("one sector", one_sector),
-        ("runs", content(&mut rng, 13 * MIB)),
-        ("dense", dense),
-        ("104448 bytes", content(&mut rng, 104_448)),
-        ("1 MiB and a sector", content(&mut rng, MIB + 512)),
-    ]
-}
-
 /// Counts the bytes in blocks that are not zeros: only these are stored.
 fn stored_bytes(disk: &[u8]) -> u64 {
     let stored = disk.chunks(MIB).filter(|block| block.iter().any(|byte| *byte != 0));
@@ -75,32 +57,7 @@ fn file(dir: &tempfile::TempDir, name: &str) -> PathBuf {
 }
 
 fn write(source: &dyn DiskContent, path: &Path) -> Result<(), ConvertError> {
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-    convert(source, &file, &Target::Vdi, &IDENTITY, &NoObserver)
-}
-
-fn raw_in_memory(bytes: &[u8]) -> Box<dyn Disk> {
-    open_disk(Arc::new(bytes.to_vec()), &OpenOptions::declared(Format::Raw)).unwrap()
-}
-
-/// A disk of zeros of any size.
-#[derive(Debug)]
-struct Zeros(u64);
-
-impl DiskContent for Zeros {
-    fn size_bytes(&self) -> u64 {
-        self.0
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], _offset_bytes: u64) -> Result<(), FormatError> {
-        buf.fill(0);
-        Ok(())
-    }
-
-    fn next_extent(&self, offset_bytes: u64) -> Result<Option<Extent>, FormatError> {
-        let len_bytes = self.0.saturating_sub(offset_bytes);
-        Ok((len_bytes > 0).then_some(Extent { offset_bytes, len_bytes, kind: ExtentKind::Zero }))
-    }
+    write_image(source, &Target::Vdi, path)
 }
 
 #[test]
@@ -108,7 +65,7 @@ fn what_qemu_writes_is_read_as_what_it_was() {
     println!("seed {SEED:#x}");
     let dir = tempfile::tempdir().unwrap();
     let (raw, image) = (file(&dir, "disk.raw"), file(&dir, "disk.vdi"));
-    for (name, disk) in disks() {
+    for (name, disk) in disks_of_all_kinds(SEED) {
         write_sparse(&raw, &disk);
         for (preallocated, kind) in [("off", "dynamic"), ("on", "static")] {
             let options = format!("static={preallocated}");
@@ -133,7 +90,7 @@ fn what_is_written_is_clean_and_the_same_for_qemu() {
     println!("seed {SEED:#x}");
     let dir = tempfile::tempdir().unwrap();
     let (raw, image) = (file(&dir, "disk.raw"), file(&dir, "disk.vdi"));
-    for (name, disk) in disks() {
+    for (name, disk) in disks_of_all_kinds(SEED) {
         write(&*raw_in_memory(&disk), &image).unwrap();
         write_sparse(&raw, &disk);
         let path = image.to_str().unwrap();

@@ -14,28 +14,10 @@ use std::path::{Path, PathBuf};
 
 use bulbil_format::Format;
 use image::{Block, DYNAMIC, fixed, footer, sparse};
-use support::{Rng, check_content, content, open_bytes, open_path, read_all, run, write_sparse};
+use support::{Rng, check_content, content, disks_of_all_kinds, open_bytes, open_path, read_all, run, write_sparse};
 
 const SEED: u64 = 0x5eed_0101;
 const MIB: usize = 1 << 20;
-
-/// Disks of all kinds: empty, with one sector, with a few runs, full; smaller than a block, ending in the middle of one.
-fn disks() -> Vec<(&'static str, Vec<u8>)> {
-    let mut rng = Rng(SEED);
-    let mut one_sector = vec![0; 9 * MIB + 512];
-    one_sector[5 * MIB..5 * MIB + 512].fill(0x77);
-    one_sector[510..512].copy_from_slice(&[0x55, 0xaa]);
-    let mut dense = content(&mut rng, 6 * MIB);
-    dense.iter_mut().for_each(|byte| *byte |= 1);
-    vec![
-        ("empty", vec![0; 5 * MIB]),
-        ("one sector", one_sector),
-        ("runs", content(&mut rng, 13 * MIB)),
-        ("dense", dense),
-        ("104448 bytes", content(&mut rng, 104_448)),
-        ("1 MiB and a sector", content(&mut rng, MIB + 512)),
-    ]
-}
 
 /// Reads a whole VHD with another library, which always takes the current size.
 fn read_with_vhd_core(path: &Path) -> Vec<u8> {
@@ -60,7 +42,7 @@ fn what_qemu_writes_is_read_as_qemu_reads_it() {
     println!("seed {SEED:#x}");
     let dir = tempfile::tempdir().unwrap();
     let (raw, image) = (file(&dir, "disk.raw"), file(&dir, "disk.vhd"));
-    for (name, disk) in disks() {
+    for (name, disk) in disks_of_all_kinds(SEED) {
         write_sparse(&raw, &disk);
         for kind in ["fixed", "dynamic"] {
             // Without the exact size QEMU rounds up to a geometry and is another creator, `qemu` instead of `qem2`.

@@ -1,57 +1,24 @@
 //! What is written is read by others as what it was.
 
-use std::fs::File;
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use bulbil_format::{
-    ConvertError, DiskContent, Extent, ExtentKind, FileReader, Format, FormatError, Identity, NoObserver, OpenOptions,
-    Target, convert, open_disk,
+use bulbil_format::{FileReader, Format, OpenOptions, Target, open_disk};
+
+use super::support::{
+    IDENTITY, Rng, Zeros, check_content, content, disks_of_all_kinds, open_path, raw_in_memory, run, write_image,
+    write_sparse,
 };
-
-use super::support::{Rng, check_content, content, open_path, run, write_sparse};
-use super::{MIB, SEED, disks, file, read_with_qemu, read_with_vhd_core};
-
-const IDENTITY: Identity = Identity { uuid: *b"sixteen letters!", created_unix_s: 1_700_000_000 };
-
-fn write(source: &dyn DiskContent, target: &Target, path: &Path) -> Result<(), ConvertError> {
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-    convert(source, &file, target, &IDENTITY, &NoObserver)
-}
-
-fn raw_in_memory(bytes: &[u8]) -> Box<dyn bulbil_format::Disk> {
-    open_disk(Arc::new(bytes.to_vec()), &OpenOptions::declared(Format::Raw)).unwrap()
-}
-
-/// A disk of zeros of any size.
-#[derive(Debug)]
-struct Zeros(u64);
-
-impl DiskContent for Zeros {
-    fn size_bytes(&self) -> u64 {
-        self.0
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], _offset_bytes: u64) -> Result<(), FormatError> {
-        buf.fill(0);
-        Ok(())
-    }
-
-    fn next_extent(&self, offset_bytes: u64) -> Result<Option<Extent>, FormatError> {
-        let len_bytes = self.0.saturating_sub(offset_bytes);
-        Ok((len_bytes > 0).then_some(Extent { offset_bytes, len_bytes, kind: ExtentKind::Zero }))
-    }
-}
+use super::{MIB, SEED, file, read_with_qemu, read_with_vhd_core};
 
 #[test]
 fn what_is_written_is_read_by_others_as_what_it_was() {
     println!("seed {SEED:#x}");
     let dir = tempfile::tempdir().unwrap();
     let (raw, image) = (file(&dir, "disk.raw"), file(&dir, "disk.vhd"));
-    for (name, mut disk) in disks() {
+    for (name, mut disk) in disks_of_all_kinds(SEED) {
         for (target, kind) in [(Target::VhdFixed, "fixed"), (Target::VhdDynamic, "dynamic")] {
-            write(&*raw_in_memory(&disk), &target, &image).unwrap();
+            write_image(&*raw_in_memory(&disk), &target, &image).unwrap();
             write_sparse(&raw, &disk);
             let paths = [raw.to_str().unwrap(), image.to_str().unwrap()];
             run("qemu-img", &[&["compare", "-f", "raw", "-F", "vpc"][..], &paths].concat());
@@ -78,8 +45,8 @@ fn the_file_does_not_depend_on_the_holes_of_the_source() {
     for target in [Target::VhdFixed, Target::VhdDynamic] {
         let source = FileReader::open(&raw).unwrap();
         let source = open_disk(Arc::new(source), &OpenOptions::declared(Format::Raw)).unwrap();
-        write(&*source, &target, &with_holes).unwrap();
-        write(&*raw_in_memory(&disk), &target, &without).unwrap();
+        write_image(&*source, &target, &with_holes).unwrap();
+        write_image(&*raw_in_memory(&disk), &target, &without).unwrap();
         assert!(std::fs::read(&with_holes).unwrap() == std::fs::read(&without).unwrap());
     }
     let stored = disk.chunks(2 * MIB).filter(|block| block.iter().any(|byte| *byte != 0)).count() as u64;
@@ -92,7 +59,7 @@ fn the_file_does_not_depend_on_the_holes_of_the_source() {
 fn the_fields_are_those_that_hypervisors_and_clouds_ask_for() {
     let dir = tempfile::tempdir().unwrap();
     let image = file(&dir, "disk.vhd");
-    write(&*raw_in_memory(&content(&mut Rng(SEED), 5 * MIB + 512)), &Target::VhdDynamic, &image).unwrap();
+    write_image(&*raw_in_memory(&content(&mut Rng(SEED), 5 * MIB + 512)), &Target::VhdDynamic, &image).unwrap();
     let bytes = std::fs::read(&image).unwrap();
     let footer = &bytes[bytes.len() - 512..];
     assert_eq!(footer, &bytes[..512], "the copy is not the same");
@@ -121,7 +88,7 @@ fn geometries_are_those_of_the_specification() {
     let image = file(&dir, "disk.vhd");
     // One for each way to choose heads and sectors, and two that are more than a geometry can say.
     for mib in [1, 3, 33, 40, 120, 200, 260, 450, 510, 1000, 30_000, 33_000, 120 << 10, 127 << 10, 2040 << 10] {
-        write(&Zeros(mib << 20), &Target::VhdDynamic, &image).unwrap();
+        write_image(&Zeros(mib << 20), &Target::VhdDynamic, &image).unwrap();
         let ours = std::fs::read(&image).unwrap()[56..60].to_vec();
         // QEMU takes the next larger size that is a geometry, which for these has the same heads and sectors.
         run("qemu-img", &["create", "-f", "vpc", image.to_str().unwrap(), &format!("{mib}M")]);
@@ -138,12 +105,12 @@ fn the_largest_disk_is_written_and_a_larger_one_refused() {
     let dir = tempfile::tempdir().unwrap();
     let image = file(&dir, "disk.vhd");
     let largest = 2040_u64 << 30;
-    write(&Zeros(largest), &Target::VhdDynamic, &image).unwrap();
+    write_image(&Zeros(largest), &Target::VhdDynamic, &image).unwrap();
     assert_eq!(open_path(&image, None).unwrap().size_bytes(), largest);
     let info = run("qemu-img", &["info", "-f", "vpc", "--output=json", image.to_str().unwrap()]);
     assert!(info.contains(&format!("\"virtual-size\": {largest}")), "{info}");
     for target in [Target::VhdFixed, Target::VhdDynamic] {
-        let error = write(&Zeros(largest + 512), &target, &image).unwrap_err().to_string();
+        let error = write_image(&Zeros(largest + 512), &target, &image).unwrap_err().to_string();
         assert_eq!(error, "unsupported-target: a VHD has at most 2040 GiB, the disk 2190433321472 bytes");
     }
 }
@@ -154,7 +121,7 @@ fn qemu_can_go_on_writing() {
     let image = file(&dir, "disk.vhd");
     let mut disk = content(&mut Rng(SEED), 12 * MIB);
     disk[4 * MIB..8 * MIB].fill(0);
-    write(&*raw_in_memory(&disk), &Target::VhdDynamic, &image).unwrap();
+    write_image(&*raw_in_memory(&disk), &Target::VhdDynamic, &image).unwrap();
     for (at, byte) in [(5 * MIB, 0x41), (MIB, 0x42), (12 * MIB - 4096, 0x43), (7 * MIB, 0x44)] {
         let write = format!("write -P {byte} {at} 4096");
         let output = Command::new("qemu-io").args(["-f", "vpc", "-c", &write]).arg(&image).output().unwrap();
