@@ -3,7 +3,7 @@
 //! An image comes from somebody else. This crate turns it into a [`Disk`] of which every table was checked, or into a
 //! [`FormatError`] that says in a word why not. It opens no other file whatever an image asks for, but those the caller
 //! names: the one of [`FileReader::open`], a parent, the extents an [`OpenGate`] lets through. It runs no other program
-//! and has no unsafe code. The other way round, [`convert`] writes what any [`DiskContent`] holds as a new image file.
+//! and has no unsafe code. The other way round, [`convert()`] writes what any [`DiskContent`] holds as a new image file.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
