@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulbil_format::{Format, OpenOptions, open_disk};
-use support::{Rng, content, open_bytes, run, write_sparse};
+use support::{Rng, content, open_bytes, peak_resident_kib, run, write_sparse};
 
 const SEED: u64 = 0x5eed_0003;
 const MUTATIONS_EACH: u64 = 1500;
@@ -117,12 +117,6 @@ fn exercise(rng: &mut Rng, image: &[u8]) -> bool {
     drop(disk.read_exact_at(&mut buf, size - 512));
     assert_eq!(disk.read_exact_at(&mut buf, size - 511).unwrap_err().code(), "out-of-range");
     true
-}
-
-fn peak_resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 #[test]

@@ -10,7 +10,7 @@ use bulbil_testkit::Rng;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::disks::{self, run, try_run};
-use support::{Home, Ran, send_signal, wait_until};
+use support::{Home, Ran, assert_same_disk, send_signal, wait_until};
 
 const SEED: u64 = 0x5eed_0061;
 
@@ -37,17 +37,6 @@ fn source(home: &Home) -> String {
     let path = home.path("source.raw");
     disks::write_sparse(&path, &disks::content(SEED, DISK_BYTES));
     home.text_path("source.raw")
-}
-
-#[track_caller]
-fn assert_same_disk(home: &Home, image: &str, format: &str, raw: &str) {
-    let image = home.text_path(image);
-    // A format may make a disk larger, never the content.
-    let ran = run("qemu-img", &["compare", "-f", format, "-F", "raw", &image, raw]);
-    assert!(ran.contains("Images are identical."), "{image}: {ran}");
-    let checked = try_run("qemu-img", &["check", "-f", format, &image]);
-    // 63: this format has no check.
-    assert!(matches!(checked.status.code(), Some(0 | 63)), "{image}: {checked:?}");
 }
 
 /// The files of a directory, so that nothing is left that was not asked for.

@@ -7,8 +7,8 @@ mod support;
 
 use rustix::process::Signal;
 use serde_json::json;
-use support::disks::{self, run, try_run};
-use support::{Home, Ran, send_signal, wait_until};
+use support::disks;
+use support::{Home, Ran, assert_same_disk, send_signal, wait_until};
 
 const SEED: u64 = 0x5eed_0071;
 
@@ -33,16 +33,6 @@ fn hidden_files(home: &Home) -> Vec<String> {
     let entries = std::fs::read_dir(home.path("")).unwrap().flatten();
     let names = entries.map(|entry| entry.file_name().into_string().unwrap());
     names.filter(|name| name.starts_with('.')).collect()
-}
-
-#[track_caller]
-fn assert_same_disk(home: &Home, image: &str, format: &str, raw: &str) {
-    let image = home.text_path(image);
-    let ran = run("qemu-img", &["compare", "-f", format, "-F", "raw", &image, raw]);
-    assert!(ran.contains("Images are identical."), "{image}: {ran}");
-    let checked = try_run("qemu-img", &["check", "-f", format, &image]);
-    // 63: this format has no check.
-    assert!(matches!(checked.status.code(), Some(0 | 63)), "{image}: {checked:?}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::bytes::{to_u64, to_usize};
-use crate::convert::{Identity, run};
+use crate::convert::{Identity, run, write_at};
 use crate::disk::SECTOR_BYTES;
 use crate::vmdk::StreamWriter;
 use crate::{ConvertError, ConvertObserver, DiskContent, WriteAt};
@@ -56,10 +56,6 @@ pub(crate) fn write_ova(
 
 fn padded(len_bytes: u64) -> u64 {
     len_bytes.next_multiple_of(BLOCK_BYTES)
-}
-
-fn write_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> Result<(), ConvertError> {
-    file.write_all_at(bytes, offset).map_err(ConvertError::write(offset))
 }
 
 fn write_member(file: &dyn WriteAt, at: u64, name: &str, bytes: &[u8], created: u64) -> Result<(), ConvertError> {

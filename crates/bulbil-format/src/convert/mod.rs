@@ -159,6 +159,11 @@ impl ConvertError {
     }
 }
 
+/// Writes bytes of an image file at an offset in it.
+pub(crate) fn write_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> Result<(), ConvertError> {
+    file.write_all_at(bytes, offset).map_err(ConvertError::write(offset))
+}
+
 /// Writes the content of `source` to `file`, which must be new and empty.
 ///
 /// When this returns the file is complete, but not synced. Memory is a few MiB for each thread, and tables of the

@@ -12,7 +12,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::bytes::to_usize;
+use crate::bytes::{to_usize, uuid_text};
 use crate::claims::ClusterSet;
 use crate::error::need;
 use crate::mapped::{BlockMap, CompressedRange, Mapped, Run, Source};
@@ -151,9 +151,7 @@ impl BlockMap for VdiMap {
 
 /// Writes an identifier as VirtualBox does: its first three numbers are little-endian.
 fn uuid(bytes: &[u8; 16]) -> String {
-    let [a, b, c, d, e, f, g, h, i, j, rest @ ..] = swap_uuid(*bytes);
-    let hex = |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
-    [&[a, b, c, d][..], &[e, f], &[g, h], &[i, j], &rest].map(hex).join("-")
+    uuid_text(&swap_uuid(*bytes))
 }
 
 /// Turns an identifier as it is stored into one with its bytes in order, and back.

@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 use super::footer::{FOOTER_BYTES, Footer, Kind};
 use super::header::{HEADER_BYTES, Header};
-use super::uuid;
-use crate::bytes::{to_u64, to_usize};
+use crate::bytes::{to_u64, to_usize, uuid_text};
 use crate::cache::SharedCache;
 use crate::disk::SECTOR_BYTES;
 use crate::error::need;
@@ -171,7 +170,7 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 pub(super) fn info_of(footer: &Footer, file_bytes: u64) -> DiskInfo {
     let mut info = DiskInfo::new(Format::Vhd, footer.size_bytes, file_bytes);
     info.variant = Some(footer.kind.name().to_owned());
-    info.identifier = Some(uuid(&footer.identifier));
+    info.identifier = Some(uuid_text(&footer.identifier));
     info.creator.clone_from(&footer.creator);
     if footer.saved_state {
         info.notes.push("the virtual machine was saved, not shut down".to_owned());

@@ -15,6 +15,7 @@
 
 use std::sync::Arc;
 
+use crate::bytes::uuid_text;
 use crate::{Disk, FormatError, OpenOptions, ReadAt};
 
 mod fixed;
@@ -64,7 +65,7 @@ fn check_copy(footer: &Footer, copy: Option<Footer>) -> Result<(), FormatError> 
 }
 
 fn check_parent(parent: &dyn Disk, footer: &Footer, header: &Header) -> Result<(), FormatError> {
-    let wanted = uuid(&header.parent_identifier);
+    let wanted = uuid_text(&header.parent_identifier);
     let found = parent.info().identifier;
     if found.as_deref() != Some(wanted.as_str()) {
         let found = found.map_or_else(|| "none".to_owned(), |found| format!("{found:?}"));
@@ -77,11 +78,4 @@ fn check_parent(parent: &dyn Disk, footer: &Footer, header: &Header) -> Result<(
         return Err(FormatError::ParentMismatch { reason });
     }
     Ok(())
-}
-
-/// Writes an identifier in the usual form, its bytes in order.
-fn uuid(bytes: &[u8; 16]) -> String {
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let part = |start: usize, end: usize| hex.get(start..end).unwrap_or_default();
-    [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-")
 }

@@ -9,7 +9,7 @@ use bulbil_format::{OpenOptions, ReadAt, open_disk};
 
 use crate::image::{BAT, FILE_PARAMETERS, HEADERS, Image, LOG, METADATA, MIB, REGION_TABLES, entry, image, seal, sums};
 use crate::log::{Write, bat_page, log_entry, put_entry, put_log_in_use};
-use crate::support::Rng;
+use crate::support::{Rng, peak_resident_kib};
 
 const SEED: u64 = 0x5eed_0d03;
 const MUTATIONS_EACH: u64 = 4000;
@@ -135,12 +135,6 @@ fn exercise(rng: &mut Rng, file: Damaged) -> bool {
     assert_eq!(disk.read_exact_at(&mut buf, size - 511).unwrap_err().code(), "out-of-range");
     drop(disk.info());
     true
-}
-
-fn peak_resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 #[test]

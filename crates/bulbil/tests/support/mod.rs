@@ -243,3 +243,15 @@ pub(crate) fn holds_files(directory: &Path) -> bool {
         kind => kind.is_ok(),
     })
 }
+
+/// Checks by `qemu-img` that an image in the home is sound and holds the disk of a raw file.
+#[track_caller]
+pub(crate) fn assert_same_disk(home: &Home, image: &str, format: &str, raw: &str) {
+    let image = home.text_path(image);
+    // A format may make a disk larger, never the content.
+    let ran = disks::run("qemu-img", &["compare", "-f", format, "-F", "raw", &image, raw]);
+    assert!(ran.contains("Images are identical."), "{image}: {ran}");
+    let checked = disks::try_run("qemu-img", &["check", "-f", format, &image]);
+    // 63: this format has no check.
+    assert!(matches!(checked.status.code(), Some(0 | 63)), "{image}: {checked:?}");
+}

@@ -1,6 +1,7 @@
 //! What is written when all clusters have their places: tables, reference counts, header.
 
 use crate::bytes::{is_zero, to_u64, to_usize};
+use crate::convert::write_at;
 use crate::{ConvertError, WriteAt};
 
 use super::layout::{Layout, REFCOUNT_BYTES, Tables, refcount_clusters};
@@ -21,10 +22,6 @@ pub(super) fn finish(file: &dyn WriteAt, layout: &Layout, mut placer: Placer) ->
     let tables = write_refcounts(file, layout, &mut placer, l1_offset)?;
     write_at(file, &layout.header(tables)?, 0)?;
     file.set_len(placer.end_bytes()).map_err(ConvertError::write(placer.end_bytes()))
-}
-
-fn write_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> Result<(), ConvertError> {
-    file.write_all_at(bytes, offset).map_err(ConvertError::write(offset))
 }
 
 /// Writes the L2 tables one after another; returns the L1 indexes and entries of those there are.

@@ -9,7 +9,7 @@
 //! holes.
 
 use crate::bytes::{to_u64, to_usize};
-use crate::convert::{Identity, Writer};
+use crate::convert::{Identity, Writer, write_at};
 use crate::disk::SECTOR_BYTES;
 use crate::raw::content_ranges;
 use crate::{ConvertError, WriteAt};
@@ -102,10 +102,6 @@ pub(super) fn check_end(end_sector: u64) -> Result<(), ConvertError> {
         return Ok(());
     }
     Err(ConvertError::unsupported("a VMDK file of more than 2 TiB; another format can hold this much"))
-}
-
-pub(super) fn write_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> Result<(), ConvertError> {
-    file.write_all_at(bytes, offset).map_err(ConvertError::write(offset))
 }
 
 impl Writer for SparseWriter {

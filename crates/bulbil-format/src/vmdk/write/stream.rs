@@ -11,14 +11,14 @@
 use libdeflater::{CompressionLvl, Compressor};
 
 use crate::bytes::{is_zero, to_u64, to_usize};
-use crate::convert::{Identity, Writer};
+use crate::convert::{Identity, Writer, write_at};
 use crate::disk::SECTOR_BYTES;
 use crate::{ConvertError, WriteAt};
 
 use super::super::descriptor::CreateType;
 use super::super::grain::{MARKER_DIRECTORY, MARKER_EOS, MARKER_FOOTER, MARKER_TABLE};
 use super::super::header::{DIRECTORY_AT_END, FLAG_COMPRESSED, FLAG_MARKERS, FLAG_NEWLINES, Header, TABLE_ENTRIES};
-use super::sparse::{check_end, entry, write_at};
+use super::sparse::{check_end, entry};
 use super::{DESCRIPTOR_SECTOR, DESCRIPTOR_SECTORS, GRAIN_BYTES, GRAIN_SECTORS, PIECE_BYTES, descriptor};
 
 /// Of programs and libraries this makes 1 % more than QEMU does with zlib's level 6, in less than a third of the time.
