@@ -17,6 +17,10 @@ pub enum StoreErrorKind {
     Io,
     /// The disk that was being imported could not be read.
     Source,
+    /// The storage did not answer in time.
+    Timeout,
+    /// The store is encrypted and its key is missing or wrong.
+    Key,
     /// The caller asked to stop.
     Cancelled,
 }

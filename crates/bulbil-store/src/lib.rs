@@ -12,7 +12,9 @@
 //! | `matching` | which blocks of a window are referenced and which are stored (pure) |
 //! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
-//! | `objects` | the seam to storage: durable, immutable objects in a directory |
+//! | `objects` | the seam to storage: named objects, durable when put |
+//! | `published` | how manifests are named: by content, owner and edition |
+//! | `settings` | what a store is: its format and keys |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
 //! # Trust
@@ -31,6 +33,8 @@ mod manifest;
 mod matching;
 mod objects;
 mod pack;
+mod published;
+mod settings;
 mod store;
 
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
@@ -39,4 +43,5 @@ pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
-pub use store::{Store, StoreUsage};
+pub use published::OwnerId;
+pub use store::{Store, StoreOptions, StoreUsage};

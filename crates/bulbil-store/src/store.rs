@@ -12,19 +12,19 @@ use crate::index::{BlockIndex, IndexedPack};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
 use crate::pack::{self, Footer, PackId};
-
-const SETTINGS_NAME: &str = "bulbil-store.json";
-const FORMAT_VERSION: u32 = 1;
+use crate::published::{self, OwnerId, Published};
+use crate::settings::Settings;
 
 /// Footers kept in memory: each is 6 KiB of frame records for a usual pack, and 64 KiB of block hashes.
 const FOOTERS_KEPT: usize = 256;
 
-/// Settings of a store, written once when it is made.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct Settings {
-    format_version: u32,
-    /// Keys the hashes of blocks, so that nobody outside can prepare two blocks with one hash.
-    block_hash_key: String,
+/// What is to be known beside where the objects are.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// A directory of this host for what can be made again: the deduplication index, locks.
+    pub state_directory: PathBuf,
+    /// Under which id manifests are published and given up.
+    pub owner: OwnerId,
 }
 
 /// Bytes a store takes, by kind.
@@ -48,6 +48,7 @@ pub struct StoreUsage {
 pub struct Store {
     pub(crate) objects: Arc<dyn Objects>,
     pub(crate) index_directory: PathBuf,
+    pub(crate) owner: OwnerId,
     pub(crate) block_hash_key: [u8; 32],
     footers: Mutex<FooterCache>,
 }
@@ -79,45 +80,85 @@ impl FooterCache {
 }
 
 impl Store {
-    /// Opens the store in a directory, or makes one in a directory that is missing or empty.
+    /// Opens the store in a directory, or makes one in a directory that is missing or empty; the only
+    /// owner has the id 0.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_or_create(directory: &Path) -> Result<Self, StoreError> {
+        let objects = DirObjects::open(directory)?;
+        let options = StoreOptions { state_directory: directory.join("index"), owner: OwnerId::default() };
+        Self::open(Arc::new(objects), options)
+    }
+
+    /// Opens the store in these objects, or makes one where there is none.
     ///
     /// # Errors
     /// `UnsupportedVersion` for a store of a newer format, `Corrupt` when its settings cannot be
-    /// read, `Io` or `NoSpace`.
-    pub fn open_or_create(directory: &Path) -> Result<Self, StoreError> {
-        let objects = DirObjects::open(directory)?;
-        let settings = match objects.get(SETTINGS_NAME, 4096) {
-            Err(e) if e.kind() == StoreErrorKind::NotFound => create_settings(&objects)?,
-            other => parse_settings(&other?)?,
-        };
+    /// read, `Io`, `Timeout` or `NoSpace`.
+    pub fn open(objects: Arc<dyn Objects>, options: StoreOptions) -> Result<Self, StoreError> {
+        let settings = Settings::open_or_create(&*objects)?;
         Ok(Self {
-            objects: Arc::new(objects),
-            index_directory: directory.join("index"),
-            block_hash_key: parse_key(&settings.block_hash_key)?,
+            objects,
+            index_directory: options.state_directory,
+            owner: options.owner,
+            block_hash_key: settings.block_hash_key,
             footers: Mutex::default(),
         })
     }
 
-    /// Reads the manifest of a disk's content.
+    /// Reads the manifest of a disk's content: the newest of this owner, or else anybody's.
     ///
     /// # Errors
     /// `NotFound` when the store does not hold it; `Corrupt`.
     pub fn manifest(&self, digest: &Digest) -> Result<Manifest, StoreError> {
-        let bytes = self.objects.get(&manifest_name(digest), MAX_MANIFEST_BYTES)?;
+        let published = self.published(digest)?;
+        let best = published.iter().max_by_key(|p| (p.owner == Some(self.owner), p.owner.is_some(), p.edition));
+        let best = best.ok_or_else(|| {
+            StoreError::new(StoreErrorKind::NotFound, format!("the store has no manifest of {digest}"))
+        })?;
+        self.read_manifest(best)
+    }
+
+    /// Reads one manifest.
+    pub(crate) fn read_manifest(&self, published: &Published) -> Result<Manifest, StoreError> {
+        let bytes = self.objects.get(&published.object_name(), MAX_MANIFEST_BYTES)?;
         let manifest = Manifest::parse(&bytes)?;
-        if manifest.digest() != *digest {
+        let digest = published.digest;
+        if manifest.digest() != digest {
             return Err(StoreError::corrupt(format!("the manifest stored for {digest} is of {}", manifest.digest())));
         }
         Ok(manifest)
     }
 
-    /// Lists the contents the store holds, in no order.
+    /// Lists the manifests of a content, of all owners, in no order.
+    fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
+        let mut found: Vec<_> = self.objects.list(&published::directory(digest))?;
+        let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
+        if !found.iter().any(own) {
+            // Perhaps one of a store made before owners were told apart.
+            let old = Published { digest: *digest, owner: None, edition: 0 };
+            match self.objects.get_range(&old.object_name(), 0, 1) {
+                Err(e) if matches!(e.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => {}
+                other => found.push((old.object_name(), other?.len() as u64)),
+            }
+        }
+        Ok(found.iter().filter_map(|(name, _)| Published::parse(name)).collect())
+    }
+
+    /// Lists every manifest of every owner, in no order.
+    pub(crate) fn all_published(&self) -> Result<Vec<Published>, StoreError> {
+        Ok(self.objects.list("manifests")?.iter().filter_map(|(name, _)| Published::parse(name)).collect())
+    }
+
+    /// Lists the contents that this owner has published, or that no owner is known of, in no order.
     ///
     /// # Errors
     /// `Io`.
     pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
-        let names = self.objects.list("manifests")?;
-        Ok(names.iter().filter_map(|(name, _)| name.rsplit('/').next()).filter_map(parse_manifest_name).collect())
+        let mine = |p: &Published| p.owner.is_none_or(|owner| owner == self.owner);
+        let found: HashSet<_> = self.all_published()?.into_iter().filter(mine).map(|p| p.digest).collect();
+        Ok(found.into_iter().collect())
     }
 
     /// Reads and verifies one frame; returns its plain bytes, whole blocks.
@@ -138,12 +179,18 @@ impl Store {
         })
     }
 
-    /// Removes the manifest of a content, so that [`sweep`](Self::sweep) may free its blocks.
+    /// Gives a content up: deletes this owner's manifests of it, so that [`sweep`](Self::sweep) may free
+    /// its blocks when no other owner has one.
     ///
     /// # Errors
     /// `Io`.
     pub fn remove_manifest(&self, digest: &Digest) -> Result<(), StoreError> {
-        self.objects.delete(&manifest_name(digest))
+        for published in self.published(digest)? {
+            if published.owner.is_none_or(|owner| owner == self.owner) {
+                self.objects.delete(&published.object_name())?;
+            }
+        }
+        Ok(())
     }
 
     /// Deletes every pack that no manifest refers to and returns the bytes freed.
@@ -156,8 +203,8 @@ impl Store {
     pub fn sweep(&self) -> Result<u64, StoreError> {
         let lock = self.lock_for_changes()?;
         let mut live = HashSet::new();
-        for digest in self.digests()? {
-            live.extend(self.manifest(&digest)?.packs().iter().map(|pack| pack.id));
+        for published in self.all_published()? {
+            live.extend(self.read_manifest(&published)?.packs().iter().map(|pack| pack.id));
         }
         let mut freed_bytes = 0;
         let mut index = BlockIndex::open(&self.index_directory)?;
@@ -190,9 +237,14 @@ impl Store {
         Ok(usage)
     }
 
-    /// Puts a manifest; `false` when the store has one for this content already.
+    /// Puts a manifest of this owner; `false` when it has one for this content already.
     pub(crate) fn publish(&self, manifest: &Manifest) -> Result<bool, StoreError> {
-        self.objects.put_if_absent(&manifest_name(&manifest.digest()), &manifest.encode()?)
+        let digest = manifest.digest();
+        if self.published(&digest)?.iter().any(|p| p.owner.is_none_or(|owner| owner == self.owner)) {
+            return Ok(false);
+        }
+        let published = Published { digest, owner: Some(self.owner), edition: 0 };
+        self.objects.put_if_absent(&published.object_name(), &manifest.encode()?)
     }
 
     pub(crate) fn footer(&self, id: PackId, pack_bytes: u64) -> Result<Arc<Footer>, StoreError> {
@@ -266,41 +318,4 @@ fn index_pack(index: &mut BlockIndex, pack: IndexedPack, footer: &Footer) -> Res
         index.insert(hash, crate::matching::Location { pack: number, block })?;
     }
     Ok(())
-}
-
-fn manifest_name(digest: &Digest) -> String {
-    format!("manifests/{}.manifest", digest.to_hex())
-}
-
-fn parse_manifest_name(name: &str) -> Option<Digest> {
-    format!("sha256:{}", name.strip_suffix(".manifest")?).parse().ok()
-}
-
-fn create_settings(objects: &DirObjects) -> Result<Settings, StoreError> {
-    let mut key = [0; 32];
-    getrandom::fill(&mut key)
-        .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
-    let block_hash_key = Digest::from_bytes(key).to_hex();
-    let settings = Settings { format_version: FORMAT_VERSION, block_hash_key };
-    let text = serde_json::to_vec_pretty(&settings).expect("settings are plain data");
-    if objects.put_if_absent(SETTINGS_NAME, &text)? {
-        return Ok(settings);
-    }
-    parse_settings(&objects.get(SETTINGS_NAME, 4096)?)
-}
-
-fn parse_settings(bytes: &[u8]) -> Result<Settings, StoreError> {
-    let settings: Settings = serde_json::from_slice(bytes).map_err(|e| {
-        StoreError::with_source(StoreErrorKind::Corrupt, format!("`{SETTINGS_NAME}` cannot be read"), e)
-    })?;
-    if settings.format_version != FORMAT_VERSION {
-        let text = format!("store format version {} is not known; use a newer bulbil", settings.format_version);
-        return Err(StoreError::new(StoreErrorKind::UnsupportedVersion, text));
-    }
-    Ok(settings)
-}
-
-fn parse_key(hex: &str) -> Result<[u8; 32], StoreError> {
-    let digest: Result<Digest, _> = format!("sha256:{hex}").parse();
-    digest.map(|d| *d.as_bytes()).map_err(|_| StoreError::corrupt("the store's block hash key is not 64 digits"))
 }

@@ -1,48 +1,12 @@
-//! The seam to storage: immutable objects with names, put durably, read by range.
+//! Objects as files below one directory.
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use super::Objects;
 use crate::error::StoreError;
-
-/// Named, immutable objects.
-///
-/// Names are relative paths of `[a-z0-9._-]` components separated by `/`.
-pub trait Objects: Send + Sync + std::fmt::Debug {
-    /// Stores an object that must not exist yet. Returns `false`, having changed nothing, when
-    /// it does. Durable when this returns; no reader can see a part of it.
-    ///
-    /// # Errors
-    /// `NoSpace` or `Io`. The object is then not there, or, when the last sync failed, there whole
-    /// but perhaps not durable.
-    fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<bool, StoreError>;
-
-    /// Reads `len_bytes` from `offset`.
-    ///
-    /// # Errors
-    /// `NotFound`, or `Corrupt` when the object is shorter.
-    fn get_range(&self, name: &str, offset: u64, len_bytes: usize) -> Result<Vec<u8>, StoreError>;
-
-    /// Reads a whole object of at most `limit_bytes`.
-    ///
-    /// # Errors
-    /// `NotFound`, or `Corrupt` when the object is longer.
-    fn get(&self, name: &str, limit_bytes: u64) -> Result<Vec<u8>, StoreError>;
-
-    /// Lists the objects under a directory with their sizes, in no order.
-    ///
-    /// # Errors
-    /// `Io`. A directory that does not exist is empty.
-    fn list(&self, directory: &str) -> Result<Vec<(String, u64)>, StoreError>;
-
-    /// Removes an object; one that is not there is fine.
-    ///
-    /// # Errors
-    /// `Io`.
-    fn delete(&self, name: &str) -> Result<(), StoreError>;
-}
 
 /// Objects as files below one directory.
 #[derive(Debug)]
@@ -91,6 +55,20 @@ impl DirObjects {
         self.root.join(name)
     }
 
+    /// Makes the directories above an object, each with a durable name.
+    fn make_parent(&self, path: &Path) -> io::Result<PathBuf> {
+        let parent = path.parent().expect("an object lies below the root").to_owned();
+        let missing: Vec<_> = parent.ancestors().take_while(|directory| !directory.is_dir()).collect();
+        for directory in missing.into_iter().rev() {
+            match std::fs::create_dir(directory) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+                _ => {}
+            }
+            sync_directory(directory.parent().unwrap_or(&self.root))?;
+        }
+        Ok(parent)
+    }
+
     fn open_object(&self, name: &str) -> Result<File, StoreError> {
         File::open(self.path(name)).map_err(|e| StoreError::io(format!("cannot open object `{name}`"), e))
     }
@@ -119,12 +97,8 @@ fn sync_directory(path: &Path) -> io::Result<()> {
 impl Objects for DirObjects {
     fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<bool, StoreError> {
         let path = self.path(name);
-        let parent = path.parent().expect("an object lies below the root").to_owned();
         let put = || -> io::Result<bool> {
-            if !parent.is_dir() {
-                std::fs::create_dir_all(&parent)?;
-                sync_directory(parent.parent().unwrap_or(&self.root))?;
-            }
+            let parent = self.make_parent(&path)?;
             let temporary = self.write_temporary(bytes)?;
             // A hard link fails when the name exists, where a rename would replace.
             let linked = std::fs::hard_link(&temporary, &path);
@@ -132,11 +106,32 @@ impl Objects for DirObjects {
                 tracing::warn!(path = %temporary.display(), %error, "cannot remove a temporary file");
             }
             match linked {
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    let same = std::fs::read(&path)? == bytes;
+                    if same {
+                        // Whoever put it may not have synced the directory yet.
+                        sync_directory(&parent)?;
+                    }
+                    return Ok(same);
+                }
                 other => other?,
             }
             sync_directory(&parent)?;
             Ok(true)
+        };
+        put().map_err(|e| StoreError::io(format!("cannot store object `{name}`"), e))
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.path(name);
+        let put = || -> io::Result<()> {
+            let parent = self.make_parent(&path)?;
+            let temporary = self.write_temporary(bytes)?;
+            if let Err(error) = std::fs::rename(&temporary, &path) {
+                drop(std::fs::remove_file(&temporary));
+                return Err(error);
+            }
+            sync_directory(&parent)
         };
         put().map_err(|e| StoreError::io(format!("cannot store object `{name}`"), e))
     }
@@ -177,7 +172,11 @@ impl Objects for DirObjects {
                 let entry = entry.map_err(fail)?;
                 let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
                 let name = format!("{directory}/{name}");
-                let metadata = entry.metadata().map_err(fail)?;
+                let metadata = match entry.metadata() {
+                    // Deleted while the directory was read.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                    other => other.map_err(fail)?,
+                };
                 if metadata.is_dir() {
                     todo.push(name);
                 } else {
@@ -208,10 +207,13 @@ mod tests {
         let objects = DirObjects::open(dir.path()).unwrap();
         assert!(objects.put_if_absent("packs/ab/x", b"hello world").unwrap());
         assert!(!objects.put_if_absent("packs/ab/x", b"other").unwrap());
+        assert!(objects.put_if_absent("packs/ab/x", b"hello world").unwrap(), "the same bytes are as good as stored");
         assert_eq!(objects.get_range("packs/ab/x", 6, 5).unwrap(), b"world");
         assert_eq!(objects.get_range("packs/ab/x", 6, 6).unwrap_err().kind(), crate::StoreErrorKind::Corrupt);
         assert_eq!(objects.get("packs/ab/x", 5).unwrap_err().kind(), crate::StoreErrorKind::Corrupt);
         assert_eq!(objects.list("packs").unwrap(), [("packs/ab/x".to_owned(), 11)]);
+        objects.put("packs/ab/x", b"new").unwrap();
+        assert_eq!(objects.get("packs/ab/x", 99).unwrap(), b"new");
         objects.delete("packs/ab/x").unwrap();
         objects.delete("packs/ab/x").unwrap();
         assert_eq!(objects.get("packs/ab/x", 99).unwrap_err().kind(), crate::StoreErrorKind::NotFound);

@@ -1,0 +1,112 @@
+//! How manifests are named: by content, owner and edition.
+//!
+//! ```text
+//! manifests/<digest, 64 digits>/<owner, 16 digits>-<edition, 8 digits>.manifest
+//! manifests/<digest, 64 digits>.manifest            stores made before owners were told apart
+//! ```
+//! Each owner of a content, that is each data directory that has an image or a volume of it, publishes
+//! a manifest of its own. So an owner gives a content up by deleting its own manifests, and takes
+//! nothing away from others. A new edition of a manifest, with the same content in other packs, is put
+//! before the old one is deleted; the highest edition counts.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::digest::Digest;
+use crate::error::{StoreError, StoreErrorKind};
+
+/// Who publishes manifests in a store: one data directory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct OwnerId(u64);
+
+impl OwnerId {
+    /// Draws an id at random.
+    ///
+    /// # Errors
+    /// `Io` when the system has no random bytes.
+    pub fn random() -> Result<Self, StoreError> {
+        let mut bytes = [0; 8];
+        getrandom::fill(&mut bytes)
+            .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
+        Ok(Self(u64::from_le_bytes(bytes)))
+    }
+}
+
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for OwnerId {
+    type Err = StoreError;
+
+    fn from_str(text: &str) -> Result<Self, StoreError> {
+        let value = (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
+        value.map(Self).ok_or_else(|| StoreError::corrupt(format!("`{text}` is not the id of an owner")))
+    }
+}
+
+/// A manifest object by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Published {
+    pub(crate) digest: Digest,
+    /// `None` in stores made before owners were told apart.
+    pub(crate) owner: Option<OwnerId>,
+    pub(crate) edition: u32,
+}
+
+impl Published {
+    pub(crate) fn object_name(&self) -> String {
+        let directory = directory(&self.digest);
+        match self.owner {
+            Some(owner) => format!("{directory}/{owner}-{:08x}.manifest", self.edition),
+            None => format!("{directory}.manifest"),
+        }
+    }
+
+    pub(crate) fn parse(object_name: &str) -> Option<Self> {
+        let rest = object_name.strip_prefix("manifests/")?.strip_suffix(".manifest")?;
+        let digest = |hex: &str| format!("sha256:{hex}").parse().ok();
+        let Some((hex, file)) = rest.split_once('/') else {
+            return Some(Self { digest: digest(rest)?, owner: None, edition: 0 });
+        };
+        let (owner, edition) = file.split_once('-')?;
+        let edition = (edition.len() == 8).then(|| u32::from_str_radix(edition, 16).ok())??;
+        Some(Self { digest: digest(hex)?, owner: Some(owner.parse().ok()?), edition })
+    }
+}
+
+/// The directory of all manifests of a content.
+pub(crate) fn directory(digest: &Digest) -> String {
+    format!("manifests/{}", digest.to_hex())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_parse_back_and_others_are_ignored() {
+        let digest = Digest::from_bytes([7; 32]);
+        for owner in [None, Some(OwnerId(0)), Some(OwnerId(u64::MAX))] {
+            let published = Published { digest, owner, edition: if owner.is_some() { 300 } else { 0 } };
+            assert_eq!(Published::parse(&published.object_name()), Some(published));
+        }
+        let hex = digest.to_hex();
+        for name in [
+            format!("manifests/{hex}/0-0.manifest"),
+            format!("manifests/{hex}/0000000000000000-00000000.manifest.new"),
+            "manifests/12.manifest".to_owned(),
+            format!("packs/{hex}.manifest"),
+        ] {
+            assert_eq!(Published::parse(&name), None, "{name}");
+        }
+    }
+}
