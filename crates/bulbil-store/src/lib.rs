@@ -24,6 +24,8 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests make small numbers"))]
 
+mod attachment;
+mod cipher;
 mod digest;
 mod error;
 mod frame;
@@ -37,6 +39,8 @@ mod published;
 mod settings;
 mod store;
 
+pub use attachment::AttachmentKind;
+pub use cipher::BlockCipher;
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
 pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};

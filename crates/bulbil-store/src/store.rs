@@ -179,6 +179,12 @@ impl Store {
         })
     }
 
+    /// The cipher of a pack's frames in caches of this host; `None` when the store is not encrypted.
+    #[must_use]
+    pub fn cache_cipher(&self, _pack: PackId) -> Option<crate::BlockCipher> {
+        None
+    }
+
     /// Gives a content up: deletes this owner's manifests of it, so that [`sweep`](Self::sweep) may free
     /// its blocks when no other owner has one.
     ///

@@ -1,0 +1,64 @@
+//! Attachments: small objects that belong to a content and help to use it, but are not needed to read it.
+//!
+//! ```text
+//! attachments/<kind>/<digest, 64 digits>
+//! 0       8      magic "BULBATTA"
+//! 8       …      the attachment, as its kind defines
+//! end-32  32     BLAKE3 of everything before
+//! ```
+//! One that is missing or damaged costs time, never correctness.
+
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::store::Store;
+
+const MAGIC: &[u8; 8] = b"BULBATTA";
+const MAX_BYTES: u64 = 64 << 20;
+
+/// What an attachment is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttachmentKind {
+    /// The order in which a boot first touches the content.
+    BootTrace,
+    /// The hash of every window, from which the digest of a changed disk is made.
+    Leaves,
+}
+
+impl AttachmentKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::BootTrace => "boot-trace",
+            Self::Leaves => "leaves",
+        }
+    }
+}
+
+impl Store {
+    /// Stores an attachment of a content in place of an earlier one. Durable when this returns.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`, `Timeout`.
+    pub fn put_attachment(&self, digest: &Digest, kind: AttachmentKind, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut object = MAGIC.to_vec();
+        object.extend_from_slice(bytes);
+        let hash = blake3::hash(&object);
+        object.extend_from_slice(hash.as_bytes());
+        self.objects.put(&object_name(digest, kind), &object)
+    }
+
+    /// Reads an attachment of a content.
+    ///
+    /// # Errors
+    /// `NotFound` when it has none of this kind; `Corrupt`, `Io`, `Timeout`.
+    pub fn attachment(&self, digest: &Digest, kind: AttachmentKind) -> Result<Vec<u8>, StoreError> {
+        let bytes = self.objects.get(&object_name(digest, kind), MAX_BYTES)?;
+        let damaged = || StoreError::corrupt(format!("the attachment {} of {digest} is damaged", kind.as_str()));
+        let (content, hash) = bytes.split_last_chunk::<32>().ok_or_else(damaged)?;
+        let sound = content.starts_with(MAGIC) && blake3::hash(content).as_bytes() == hash;
+        sound.then(|| content[MAGIC.len()..].to_vec()).ok_or_else(damaged)
+    }
+}
+
+fn object_name(digest: &Digest, kind: AttachmentKind) -> String {
+    format!("attachments/{}/{}", kind.as_str(), digest.to_hex())
+}
