@@ -1,14 +1,15 @@
 //! Attachments: small objects that belong to a content and help to use it, but are not needed to read it.
 //!
 //! ```text
-//! attachments/<kind>/<digest, 64 digits>
+//! attachments/<kind>/<name of the content, 64 digits>
 //! 0       8      magic "BULBATTA"
 //! 8       …      the attachment, as its kind defines
 //! end-32  32     BLAKE3 of everything before
 //! ```
-//! One that is missing or damaged costs time, never correctness.
+//! In an encrypted store this is encrypted as a whole, see `encryption`. One that is missing or damaged costs time, never correctness.
 
 use crate::digest::Digest;
+use crate::encryption::EncryptedKind;
 use crate::error::StoreError;
 use crate::store::Store;
 
@@ -43,7 +44,8 @@ impl Store {
         object.extend_from_slice(bytes);
         let hash = blake3::hash(&object);
         object.extend_from_slice(hash.as_bytes());
-        self.objects.put(&object_name(digest, kind), &object)
+        let name = self.attachment_name(digest, kind);
+        self.objects.put(&name, &self.encrypt_object(EncryptedKind::Attachment, &name, object)?)
     }
 
     /// Reads an attachment of a content.
@@ -51,14 +53,15 @@ impl Store {
     /// # Errors
     /// `NotFound` when it has none of this kind; `Corrupt`, `Io`, `Timeout`.
     pub fn attachment(&self, digest: &Digest, kind: AttachmentKind) -> Result<Vec<u8>, StoreError> {
-        let bytes = self.objects.get(&object_name(digest, kind), MAX_BYTES)?;
+        let name = self.attachment_name(digest, kind);
+        let bytes = self.decrypt_object(EncryptedKind::Attachment, &name, self.objects.get(&name, MAX_BYTES)?)?;
         let damaged = || StoreError::corrupt(format!("the attachment {} of {digest} is damaged", kind.as_str()));
         let (content, hash) = bytes.split_last_chunk::<32>().ok_or_else(damaged)?;
         let sound = content.starts_with(MAGIC) && blake3::hash(content).as_bytes() == hash;
         sound.then(|| content[MAGIC.len()..].to_vec()).ok_or_else(damaged)
     }
-}
 
-fn object_name(digest: &Digest, kind: AttachmentKind) -> String {
-    format!("attachments/{}/{}", kind.as_str(), digest.to_hex())
+    fn attachment_name(&self, digest: &Digest, kind: AttachmentKind) -> String {
+        format!("attachments/{}/{}", kind.as_str(), self.content_name(digest))
+    }
 }

@@ -106,6 +106,7 @@ impl Store {
     /// then holds what it held before.
     pub fn import(&self, source: &dyn DiskSource, observer: &dyn ImportObserver) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
+        self.refresh_keys()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let report = import_with(self, source, observer, workers);
         drop(lock);
@@ -129,7 +130,7 @@ fn import_with(
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let results = results.clone();
-            let (queue, key) = (&queue, &store.block_hash_key);
+            let (queue, key) = (&queue, store.block_hash_key.as_bytes());
             scope.spawn(move || work(queue, source, key, &results));
         }
         let objects = Arc::clone(&store.objects);
@@ -587,10 +588,11 @@ impl<'a> Import<'a> {
 
     fn open_pack(&mut self) -> Result<(), StoreError> {
         let id = PackId::random()?;
+        let builder = self.known.store.pack_builder(id)?;
         let number = self.known.index.add_pack(IndexedPack { id, len_bytes: 0 })?;
         self.open = Some(OpenPack {
             number,
-            builder: PackBuilder::new(id),
+            builder,
             hashes: BTreeMap::new(),
             ready: BTreeMap::new(),
             dispatched: 0,
@@ -663,7 +665,7 @@ impl<'a> Import<'a> {
             self.known.store.remove_manifest(&digest)?;
             published = self.known.store.publish(&manifest)?;
         }
-        let manifest_bytes = manifest.encode()?.len() as u64;
+        let manifest_bytes = self.known.store.encode_manifest(&manifest, "")?.len() as u64;
         Ok(ImportReport {
             digest,
             size_bytes,

@@ -15,6 +15,8 @@
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `settings` | what a store is: its format and keys |
+//! | `encryption` | keys, where they come from, encrypted packs and objects |
+//! | `cipher` | encryption of blocks in files of this host |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
 //! # Trust
@@ -27,6 +29,7 @@
 mod attachment;
 mod cipher;
 mod digest;
+mod encryption;
 mod error;
 mod frame;
 mod import;
@@ -40,8 +43,9 @@ mod settings;
 mod store;
 
 pub use attachment::AttachmentKind;
-pub use cipher::BlockCipher;
+pub use cipher::{BlockCipher, OverlayKey};
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
+pub use encryption::{KeyProvider, KeySlot, KeySource, StoreKey, write_new_key_file};
 pub use error::{StoreError, StoreErrorKind};
 pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};

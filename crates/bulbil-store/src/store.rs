@@ -6,25 +6,49 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use crate::digest::Digest;
+use crate::encryption::{EncryptedKind, KeyProvider, Keyring, PackKeys, Secret};
 use crate::error::{StoreError, StoreErrorKind};
-use crate::frame;
 use crate::index::{BlockIndex, IndexedPack};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
 use crate::pack::{self, Footer, PackId};
-use crate::published::{self, OwnerId, Published};
+use crate::published::{self, ContentName, OwnerId, Published};
 use crate::settings::Settings;
 
 /// Footers kept in memory: each is 6 KiB of frame records for a usual pack, and 64 KiB of block hashes.
 const FOOTERS_KEPT: usize = 256;
 
 /// What is to be known beside where the objects are.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct StoreOptions {
     /// A directory of this host for what can be made again: the deduplication index, locks.
     pub state_directory: PathBuf,
     /// Under which id manifests are published and given up.
     pub owner: OwnerId,
+    /// What gives the key of an encrypted store.
+    pub key: Option<Arc<dyn KeyProvider>>,
+    /// Whether a store that does not exist yet is made an encrypted one.
+    pub encrypt_new: bool,
+}
+
+impl StoreOptions {
+    /// Options of a store that is not encrypted.
+    #[must_use]
+    pub fn new(state_directory: &Path, owner: OwnerId) -> Self {
+        Self { state_directory: state_directory.to_owned(), owner, ..Self::default() }
+    }
+
+    /// The same for an encrypted store, whose key this gives.
+    #[must_use]
+    pub fn with_key(self, provider: impl KeyProvider + 'static) -> Self {
+        Self { key: Some(Arc::new(provider)), ..self }
+    }
+
+    /// The same, and a store that does not exist yet is made an encrypted one.
+    #[must_use]
+    pub fn encrypt_new(self) -> Self {
+        Self { encrypt_new: true, ..self }
+    }
 }
 
 /// Bytes a store takes, by kind.
@@ -49,8 +73,12 @@ pub struct Store {
     pub(crate) objects: Arc<dyn Objects>,
     pub(crate) index_directory: PathBuf,
     pub(crate) owner: OwnerId,
-    pub(crate) block_hash_key: [u8; 32],
+    pub(crate) block_hash_key: Secret,
+    /// `None` when the store is not encrypted.
+    pub(crate) keyring: Option<Arc<Keyring>>,
     footers: Mutex<FooterCache>,
+    /// Contents by their names, which tell nothing in an encrypted store.
+    contents: Mutex<HashMap<ContentName, Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -87,23 +115,25 @@ impl Store {
     /// As [`open`](Self::open).
     pub fn open_or_create(directory: &Path) -> Result<Self, StoreError> {
         let objects = DirObjects::open(directory)?;
-        let options = StoreOptions { state_directory: directory.join("index"), owner: OwnerId::default() };
-        Self::open(Arc::new(objects), options)
+        Self::open(Arc::new(objects), StoreOptions::new(&directory.join("index"), OwnerId::default()))
     }
 
     /// Opens the store in these objects, or makes one where there is none.
     ///
     /// # Errors
     /// `UnsupportedVersion` for a store of a newer format, `Corrupt` when its settings cannot be
-    /// read, `Io`, `Timeout` or `NoSpace`.
+    /// read, `Key` when the key is missing, wrong, or given for a store that is not encrypted, `Io`,
+    /// `Timeout` or `NoSpace`.
     pub fn open(objects: Arc<dyn Objects>, options: StoreOptions) -> Result<Self, StoreError> {
-        let settings = Settings::open_or_create(&*objects)?;
+        let settings = Settings::open_or_create(&objects, &options)?;
         Ok(Self {
             objects,
             index_directory: options.state_directory,
             owner: options.owner,
             block_hash_key: settings.block_hash_key,
+            keyring: settings.keyring,
             footers: Mutex::default(),
+            contents: Mutex::default(),
         })
     }
 
@@ -122,22 +152,35 @@ impl Store {
 
     /// Reads one manifest.
     pub(crate) fn read_manifest(&self, published: &Published) -> Result<Manifest, StoreError> {
-        let bytes = self.objects.get(&published.object_name(), MAX_MANIFEST_BYTES)?;
+        let name = published.object_name();
+        let bytes =
+            self.decrypt_object(EncryptedKind::Manifest, &name, self.objects.get(&name, MAX_MANIFEST_BYTES)?)?;
         let manifest = Manifest::parse(&bytes)?;
-        let digest = published.digest;
-        if manifest.digest() != digest {
-            return Err(StoreError::corrupt(format!("the manifest stored for {digest} is of {}", manifest.digest())));
+        let (content, digest) = (published.content, manifest.digest());
+        if self.content_name(&digest) != content {
+            return Err(StoreError::corrupt(format!("the manifest stored for {content} is of {digest}")));
         }
+        self.contents.lock().expect("no panic while held").insert(content, digest);
         Ok(manifest)
+    }
+
+    /// The content of a manifest; an encrypted one may have to be read for it.
+    pub(crate) fn digest_of(&self, published: &Published) -> Result<Digest, StoreError> {
+        let content = published.content;
+        if self.keyring.is_none() {
+            return Ok(Digest::from_bytes(content.0));
+        }
+        let known = self.contents.lock().expect("no panic while held").get(&content).copied();
+        known.map_or_else(|| Ok(self.read_manifest(published)?.digest()), Ok)
     }
 
     /// Lists the manifests of a content, of all owners, in no order.
     fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
-        let mut found: Vec<_> = self.objects.list(&published::directory(digest))?;
+        let mut found: Vec<_> = self.objects.list(&published::directory(self.content_name(digest)))?;
         let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
         if !found.iter().any(own) {
             // Perhaps one of a store made before owners were told apart.
-            let old = Published { digest: *digest, owner: None, edition: 0 };
+            let old = Published { content: self.content_name(digest), owner: None, edition: 0 };
             match self.objects.get_range(&old.object_name(), 0, 1) {
                 Err(e) if matches!(e.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => {}
                 other => found.push((old.object_name(), other?.len() as u64)),
@@ -153,12 +196,14 @@ impl Store {
 
     /// Lists the contents that this owner has published, or that no owner is known of, in no order.
     ///
+    /// In an encrypted store every manifest is read once for it.
+    ///
     /// # Errors
-    /// `Io`.
+    /// `Io`; in an encrypted store also `Corrupt`.
     pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
         let mine = |p: &Published| p.owner.is_none_or(|owner| owner == self.owner);
-        let found: HashSet<_> = self.all_published()?.into_iter().filter(mine).map(|p| p.digest).collect();
-        Ok(found.into_iter().collect())
+        let found = self.all_published()?.into_iter().filter(mine).map(|p| self.digest_of(&p));
+        Ok(found.collect::<Result<HashSet<_>, _>>()?.into_iter().collect())
     }
 
     /// Reads and verifies one frame; returns its plain bytes, whole blocks.
@@ -174,15 +219,9 @@ impl Store {
         let record = footer.frames.get(frame as usize);
         let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
         let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
-        frame::decode(&stored, record.codec, record.blocks, &record.hash).map_err(|error| {
+        footer.decode_frame(frame, &stored).map_err(|error| {
             StoreError::with_source(error.kind(), format!("pack {}, frame {frame} is damaged", pack.id), error)
         })
-    }
-
-    /// The cipher of a pack's frames in caches of this host; `None` when the store is not encrypted.
-    #[must_use]
-    pub fn cache_cipher(&self, _pack: PackId) -> Option<crate::BlockCipher> {
-        None
     }
 
     /// Gives a content up: deletes this owner's manifests of it, so that [`sweep`](Self::sweep) may free
@@ -249,8 +288,14 @@ impl Store {
         if self.published(&digest)?.iter().any(|p| p.owner.is_none_or(|owner| owner == self.owner)) {
             return Ok(false);
         }
-        let published = Published { digest, owner: Some(self.owner), edition: 0 };
-        self.objects.put_if_absent(&published.object_name(), &manifest.encode()?)
+        let published = Published { content: self.content_name(&digest), owner: Some(self.owner), edition: 0 };
+        let name = published.object_name();
+        self.objects.put_if_absent(&name, &self.encode_manifest(manifest, &name)?)
+    }
+
+    /// Encodes a manifest as it is stored under this name.
+    pub(crate) fn encode_manifest(&self, manifest: &Manifest, name: &str) -> Result<Vec<u8>, StoreError> {
+        self.encrypt_object(EncryptedKind::Manifest, name, manifest.encode()?)
     }
 
     pub(crate) fn footer(&self, id: PackId, pack_bytes: u64) -> Result<Arc<Footer>, StoreError> {
@@ -270,9 +315,14 @@ impl Store {
         if span > bytes.len() as u64 {
             bytes = tail(span)?;
         }
-        let footer = Arc::new(pack::parse_footer(id, &bytes, pack_bytes)?);
+        let footer = Arc::new(pack::parse_footer(id, &bytes, pack_bytes, self.pack_keys())?);
         self.footers.lock().expect("no panic while held").put(id, Arc::clone(&footer));
         Ok(footer)
+    }
+
+    /// What gives the ciphers of packs; `None` when the store is not encrypted.
+    pub(crate) fn pack_keys(&self) -> Option<&dyn PackKeys> {
+        self.keyring.as_deref().map(|keyring| keyring as &dyn PackKeys)
     }
 
     /// Takes the lock that imports and sweeps hold.

@@ -13,6 +13,7 @@
 //! | `map` | two bits per block, in pages (pure) |
 //! | `overlay` | order of data, map and syncs |
 //! | `base`, `cache` | reads an image through frames that were verified once |
+//! | `encrypted` | the same files with their content encrypted |
 //! | `storage` | the seam to files, for crash tests |
 
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@
 mod base;
 mod cache;
 mod device;
+mod encrypted;
 mod error;
 mod map;
 mod overlay;
@@ -29,6 +31,7 @@ mod volume;
 
 pub use cache::BaseCache;
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
+pub use encrypted::open_for_store;
 pub use error::{VolumeError, VolumeErrorKind};
 pub use storage::{HostDirectory, StorageDirectory, StorageFile};
 pub use volume::{Volume, VolumeDirectory, VolumeRecord};

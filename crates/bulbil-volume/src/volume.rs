@@ -11,6 +11,7 @@ use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, MAX_DISK_BYTES, VolumeId};
 use crate::base::Base;
 use crate::cache::BaseCache;
 use crate::device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
+use crate::encrypted::open_for_store;
 use crate::error::{VolumeError, VolumeErrorKind};
 use crate::map::BlockState;
 use crate::overlay::Overlay;
@@ -120,7 +121,7 @@ impl VolumeDirectory {
             })?;
             Ok(Base::new(Arc::clone(store), Arc::clone(cache), manifest))
         });
-        let storage = Arc::new(HostDirectory::new(&directory));
+        let storage = open_for_store(Arc::new(HostDirectory::new(&directory)), store)?;
         let volume = Volume::new(record.size_bytes, base.transpose()?, storage)?;
         Ok(Volume { _lock: Some(lock), ..volume })
     }
