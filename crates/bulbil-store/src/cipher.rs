@@ -190,6 +190,9 @@ mod tests {
         );
         BlockCipher::derive(&Secret::new([5; 32]), "bulbil 2026-11 base cache of a pack", &[&[1; 16]])
             .encrypt(3, &mut block);
-        assert_eq!(blake3::hash(&block).to_hex().as_str(), "b7052ca86d7c95082ae9ce0928179844d948c59e5eb7571fac4b5d0c39196510");
+        assert_eq!(
+            blake3::hash(&block).to_hex().as_str(),
+            "b7052ca86d7c95082ae9ce0928179844d948c59e5eb7571fac4b5d0c39196510"
+        );
     }
 }

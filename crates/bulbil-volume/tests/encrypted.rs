@@ -215,9 +215,10 @@ fn sectors_of_one_block_written_at_the_same_time_do_not_lose_each_other() {
                 assert!(read == [0xff; 2048], "what nobody writes stays");
             }
         });
-        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        let written: Vec<_> = writers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
         stop.store(true, Ordering::Relaxed);
         reader.join().unwrap();
+        written.into_iter().for_each(Result::unwrap);
     });
     let mut read = [0; 8192];
     file.read_at(&mut read, 0).unwrap();
