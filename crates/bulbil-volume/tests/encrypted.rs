@@ -223,7 +223,7 @@ fn sectors_of_one_block_written_at_the_same_time_do_not_lose_each_other() {
     let mut read = [0; 8192];
     file.read_at(&mut read, 0).unwrap();
     for (sector, bytes) in read.chunks(512).enumerate() {
-        let written = sector >= 4 && sector < 12 && sector.is_multiple_of(2);
+        let written = (4..12).contains(&sector) && sector.is_multiple_of(2);
         assert!(bytes.iter().all(|byte| *byte == if written { (1999 % 251) as u8 } else { 0xff }), "sector {sector}");
     }
 }
