@@ -8,6 +8,7 @@
 //! | `import` | disks into the store, beside `qemu-img convert` |
 //! | `formats` | conversions between disk formats, beside `qemu-img convert` |
 //! | `launch` | clones and NBD servers, beside qemu-img, qemu-nbd and nbdkit |
+//! | `store` | the store and its volumes, beside casync, restic, borg and NBD servers |
 //! | `disks` | what is imported and served |
 //! | `process`, `fio`, `nbd` | measured commands and servers, and the load on them |
 //! | `report` | best, median, ratio; table and JSON |
@@ -20,6 +21,7 @@ mod launch;
 mod nbd;
 mod process;
 mod report;
+mod store;
 
 use std::path::PathBuf;
 
@@ -64,6 +66,7 @@ enum Bench {
     Formats,
     Import,
     Launch,
+    Store,
 }
 
 /// A program that a measurement starts.
@@ -97,6 +100,10 @@ impl Bench {
                 "clone at 1 GiB and 1 TiB, start of a server to its first read, warm and cold reads, durable writes \
                  and the growth of an overlay, beside qemu-img, qemu-nbd and nbdkit"
             }
+            Self::Store => {
+                "disks of a server, updated in place and made anew, into one store, beside qemu-img, casync, restic and borg: \
+                 space, time, CPU"
+            }
         }
     }
 
@@ -109,9 +116,19 @@ impl Bench {
             optional("fio", "fio", "loads: reads, writes, growth"),
             optional("nbdkit", "nbdkit", "a second server to compare with"),
         ];
+        const STORE: &[Tool] = &[
+            needed("qemu-img", "qemu-utils"),
+            needed("mke2fs", "e2fsprogs"),
+            needed("mmdebstrap", "mmdebstrap"),
+            needed("rsync", "rsync"),
+            optional("casync", "casync", "casync beside the store"),
+            optional("restic", "restic", "restic beside the store"),
+            optional("borg", "borgbackup", "borg beside the store"),
+        ];
         match self {
             Self::Formats | Self::Import => IMPORT,
             Self::Launch => LAUNCH,
+            Self::Store => STORE,
         }
     }
 
@@ -120,6 +137,7 @@ impl Bench {
             Self::Formats => "formats",
             Self::Import => "import",
             Self::Launch => "launch",
+            Self::Store => "store",
         }
     }
 }
@@ -158,6 +176,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Bench::Formats => formats::run(&bed, &mut report),
             Bench::Import => import::run(&bed, &mut report),
             Bench::Launch => launch::run(&bed, &mut report),
+            Bench::Store => store::run(&bed, &mut report),
         };
         std::fs::remove_dir_all(&bed.work).with_context(|| format!("cannot remove {}", bed.work.display()))?;
         measured?;

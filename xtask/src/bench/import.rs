@@ -126,7 +126,7 @@ impl<'a> DataDir<'a> {
         Ok((cost, digest.to_owned()))
     }
 
-    fn store_bytes(&self) -> Result<u64> {
+    pub(crate) fn store_bytes(&self) -> Result<u64> {
         let store = self.path.join("store");
         if store.exists() { disk_usage_bytes(&store) } else { Ok(0) }
     }
