@@ -115,6 +115,7 @@ impl Bench {
             needed("mke2fs", "e2fsprogs"),
             optional("fio", "fio", "loads: reads, writes, growth"),
             optional("nbdkit", "nbdkit", "a second server to compare with"),
+            optional("qemu-storage-daemon", "qemu-system-common", "a third server to compare with"),
         ];
         const STORE: &[Tool] = &[
             needed("qemu-img", "qemu-utils"),
