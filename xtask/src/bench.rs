@@ -10,12 +10,13 @@
 //! | `launch` | clones and NBD servers, beside qemu-img, qemu-nbd and nbdkit |
 //! | `store` | the store and its volumes, beside casync, restic, borg and NBD servers |
 //! | `disks` | what is imported and served |
-//! | `process`, `fio`, `nbd` | measured commands and servers, and the load on them |
+//! | `process`, `fio`, `nbd`, `guest` | measured commands and servers, and the load on them |
 //! | `report` | best, median, ratio; table and JSON |
 
 mod disks;
 mod fio;
 mod formats;
+mod guest;
 mod import;
 mod launch;
 mod nbd;
@@ -56,6 +57,9 @@ pub(crate) struct Args {
     /// Write one JSON document with every value to standard output
     #[arg(long)]
     json: bool,
+    /// Of `store`, only these parts
+    #[arg(long = "part", value_name = "PART")]
+    parts: Vec<store::Part>,
     /// Measure the release binaries that are there
     #[arg(long)]
     no_build: bool,
@@ -177,7 +181,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Bench::Formats => formats::run(&bed, &mut report),
             Bench::Import => import::run(&bed, &mut report),
             Bench::Launch => launch::run(&bed, &mut report),
-            Bench::Store => store::run(&bed, &mut report),
+            Bench::Store => store::run(&bed, &args.parts, &mut report),
         };
         std::fs::remove_dir_all(&bed.work).with_context(|| format!("cannot remove {}", bed.work.display()))?;
         measured?;

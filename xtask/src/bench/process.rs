@@ -73,19 +73,34 @@ impl Server {
         Ok(server)
     }
 
+    /// Starts a server and waits until its socket is there, for servers that take one connection in all.
+    pub(crate) fn start_and_listen(command: &mut Command, socket: &Path) -> Result<Self> {
+        let mut server = Self::start(command, socket)?;
+        while !socket.exists() {
+            server.check_start()?;
+            std::thread::sleep(START_POLL);
+        }
+        Ok(server)
+    }
+
     /// Connects, as soon as the server listens.
     pub(crate) fn connect(&mut self) -> Result<UnixStream> {
         loop {
             if let Ok(stream) = UnixStream::connect(&self.socket) {
                 return Ok(stream);
             }
-            let ended = self.child.try_wait().context("cannot wait for a server")?;
-            if ended.is_some() || self.started.elapsed() > START_LIMIT {
-                let log = std::fs::read_to_string(log_path(&self.socket)).unwrap_or_default();
-                bail!("no server on {}: {}", self.socket.display(), log.trim_end());
-            }
+            self.check_start()?;
             std::thread::sleep(START_POLL);
         }
+    }
+
+    fn check_start(&mut self) -> Result<()> {
+        let ended = self.child.try_wait().context("cannot wait for a server")?;
+        if ended.is_some() || self.started.elapsed() > START_LIMIT {
+            let log = std::fs::read_to_string(log_path(&self.socket)).unwrap_or_default();
+            bail!("no server on {}: {}", self.socket.display(), log.trim_end());
+        }
+        Ok(())
     }
 
     pub(crate) fn socket(&self) -> &Path {
