@@ -13,14 +13,14 @@
 //! | `process`, `fio`, `nbd`, `guest` | measured commands and servers, and the load on them |
 //! | `report` | best, median, ratio; table and JSON |
 
-mod disks;
+pub(crate) mod disks;
 mod fio;
 mod formats;
-mod guest;
-mod import;
+pub(crate) mod guest;
+pub(crate) mod import;
 mod launch;
 mod nbd;
-mod process;
+pub(crate) mod process;
 mod report;
 mod store;
 
@@ -149,13 +149,13 @@ impl Bench {
 
 /// What a measurement works with.
 #[derive(Debug)]
-struct Bed {
+pub(crate) struct Bed {
     /// Made anew for each measurement and removed after it.
-    work: PathBuf,
+    pub(crate) work: PathBuf,
     /// The `bulbil` binary.
     bulbil: PathBuf,
     /// The `bench_volume` example.
-    bench_volume: PathBuf,
+    pub(crate) bench_volume: PathBuf,
     rounds: u32,
     seconds: f64,
 }
@@ -192,13 +192,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 impl Bed {
     fn new(bench: Bench, args: &Args) -> Result<Self> {
+        let bed = Self::at(bench_dir().join(bench.name()))?;
+        Ok(Self { rounds: args.rounds, seconds: args.seconds, ..bed })
+    }
+
+    /// The release binaries and a directory to work in.
+    pub(crate) fn at(work: PathBuf) -> Result<Self> {
         let root = workspace_root();
         let bed = Self {
-            work: bench_dir().join(bench.name()),
+            work,
             bulbil: root.join("target/release/bulbil"),
             bench_volume: root.join("target/release/examples/bench_volume"),
-            rounds: args.rounds,
-            seconds: args.seconds,
+            rounds: 1,
+            seconds: 1.0,
         };
         for program in [&bed.bulbil, &bed.bench_volume] {
             if !program.is_file() {
@@ -215,7 +221,7 @@ fn bench_dir() -> PathBuf {
 }
 
 /// One command for both packages: with one set of features, nothing is compiled twice.
-fn build() -> Result<()> {
+pub(crate) fn build() -> Result<()> {
     let packages = ["--package", "bulbil", "--package", "bulbil-control"];
     let targets = ["--bin", "bulbil", "--example", "bench_volume"];
     cargo().args(["build", "--locked", "--release"]).args(packages).args(targets).run()

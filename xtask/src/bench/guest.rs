@@ -22,29 +22,29 @@ pub(crate) struct LoadGuest {
     initrd: PathBuf,
 }
 
-/// How the guest's only disk is attached: options of QEMU.
+/// How a disk of the guest is attached: options of QEMU.
 #[derive(Debug, Clone)]
-pub(crate) struct Attach(pub(crate) Vec<String>);
+pub(crate) struct Attach(Vec<String>);
 
 impl Attach {
     /// A raw file by QEMU's own virtio-blk.
     pub(crate) fn raw_file(disk: &Path) -> Self {
-        let node = format!("driver=raw,node-name=disk,file.driver=file,file.filename={}", disk.display());
-        Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=disk"].map(str::to_owned).to_vec())
+        let node = format!("driver=raw,node-name=file,file.driver=file,file.filename={}", disk.display());
+        Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=file"].map(str::to_owned).to_vec())
     }
 
     /// An NBD server on a unix socket; a server that is gone is waited for.
     pub(crate) fn nbd(socket: &Path) -> Self {
         let path = socket.display();
         let node =
-            format!("driver=nbd,node-name=disk,server.type=unix,server.path={path},reconnect-delay=60,discard=unmap");
-        Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=disk"].map(str::to_owned).to_vec())
+            format!("driver=nbd,node-name=nbd,server.type=unix,server.path={path},reconnect-delay=60,discard=unmap");
+        Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=nbd"].map(str::to_owned).to_vec())
     }
 
     /// A vhost-user-blk server on a unix socket; a server that is gone is waited for.
     pub(crate) fn vhost_user(socket: &Path) -> Self {
-        let chardev = format!("socket,id=disk,path={},reconnect=1", socket.display());
-        Self(["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=disk"].map(str::to_owned).to_vec())
+        let chardev = format!("socket,id=vhost,path={},reconnect=1", socket.display());
+        Self(["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=vhost"].map(str::to_owned).to_vec())
     }
 }
 
@@ -56,10 +56,10 @@ impl LoadGuest {
         Ok(Self { kernel: dir.join("load.vmlinuz"), initrd: dir.join("load.initrd") })
     }
 
-    /// The command that runs a job, a shell script, with a disk at `/dev/vda`; its console is standard output.
+    /// The command that runs a job, a shell script, with disks at `/dev/vda` and on; its console is standard output.
     ///
     /// The guest's memory is shared with servers that need it.
-    pub(crate) fn command(&self, work: &Path, job: &str, attach: &Attach) -> Result<Command> {
+    pub(crate) fn command(&self, work: &Path, job: &str, disks: &[Attach]) -> Result<Command> {
         let initrd = work.join("job.initrd");
         self.add_job(work, job, &initrd)?;
         let mut command = Command::new("qemu-system-x86_64");
@@ -69,16 +69,16 @@ impl LoadGuest {
         command.args(["-object", &memory, "-machine", "q35,memory-backend=memory"]);
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&initrd);
         command.args(["-append", "console=ttyS0 quiet loglevel=1 panic=-1 no_timer_check"]);
-        command.args(&attach.0);
+        command.args(disks.iter().flat_map(|disk| &disk.0));
         Ok(command)
     }
 
     /// Runs fio in the guest and returns its JSON document.
-    pub(crate) fn fio(&self, work: &Path, arguments: &str, attach: &Attach) -> Result<Value> {
+    pub(crate) fn fio(&self, work: &Path, arguments: &str, disk: Attach) -> Result<Value> {
         let job = format!(
             "echo {JSON_BEGIN}\nfio --output-format=json --filename=/dev/vda --direct=1 --ioengine=io_uring {arguments}\necho {JSON_END}\n"
         );
-        let (_, console) = timed_output(&mut self.command(work, &job, attach)?)?;
+        let (_, console) = timed_output(&mut self.command(work, &job, &[disk])?)?;
         json_in(&console).with_context(|| format!("fio in the guest wrote no JSON:\n{console}"))
     }
 

@@ -1,5 +1,6 @@
 //! Processes that are measured: what they take, and that they end.
 
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -101,6 +102,18 @@ impl Server {
             bail!("no server on {}: {}", self.socket.display(), log.trim_end());
         }
         Ok(())
+    }
+
+    /// Kills the server and waits until it is gone.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("cannot kill a server")?;
+        self.child.wait().context("cannot wait for a server").map(drop)
+    }
+
+    /// Sends a line to the server's standard input.
+    pub(crate) fn send(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("a server without standard input")?;
+        writeln!(stdin, "{line}").and_then(|()| stdin.flush()).context("cannot write to a server")
     }
 
     pub(crate) fn socket(&self) -> &Path {

@@ -43,9 +43,9 @@ pub(crate) fn run(bed: &Bed, report: &mut Report) -> Result<()> {
             command.arg("serve").arg(data.path()).args([&volume]).arg(&socket).arg(option);
             let _server = Server::start_and_listen(&mut command, &socket)?;
             let attach = if option == "--nbd" { Attach::nbd(&socket) } else { Attach::vhost_user(&socket) };
-            measure(bed, &guest, &attach, name, report)?;
+            measure(bed, &guest, attach, name, report)?;
         }
-        measure(bed, &guest, &Attach::raw_file(&copy), "virtio-blk raw file", report)?;
+        measure(bed, &guest, Attach::raw_file(&copy), "virtio-blk raw file", report)?;
     }
     report.note("store: in a guest: emulated (TCG), one processor; everything is in the page cache");
     Ok(())
@@ -57,7 +57,7 @@ fn volume(bed: &Bed, data: &Path, digest: &str, size_bytes: u64) -> Result<Strin
     Ok(timed_output(&mut command)?.1.trim().to_owned())
 }
 
-fn measure(bed: &Bed, guest: &LoadGuest, attach: &Attach, name: &str, report: &mut Report) -> Result<()> {
+fn measure(bed: &Bed, guest: &LoadGuest, attach: Attach, name: &str, report: &mut Report) -> Result<()> {
     let mut arguments = format!("--size={RANGE} --time_based --runtime={:.0}ms", bed.seconds * 1e3);
     // Everything once, so that the base cache has it.
     arguments.push_str(" --name=warm --rw=read --bs=1M --iodepth=4 --time_based=0");
