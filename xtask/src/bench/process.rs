@@ -164,6 +164,15 @@ fn cpu_s_in(stat: &str, field: usize) -> Option<f64> {
     ticks.sum::<Option<f64>>().map(|ticks| ticks / TICKS_PER_SECOND)
 }
 
+/// Memory of a process that it shares with no other and that is no file's.
+pub(crate) fn memory_bytes(pid: u64) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kib.with_context(|| format!("{path} does not look as expected"))? * 1024)
+}
+
 /// Bytes a file, or everything below a directory, takes on the disk.
 pub(crate) fn disk_usage_bytes(path: &Path) -> Result<u64> {
     let metadata = std::fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | `images` | four disks one after another into one store: space, time, CPU |
 //! | `guest` | a volume inside a guest, by vhost-user-blk and by NBD |
+//! | `memory` | idle volumes, and what runs beside a machine |
 
 mod guest;
 mod images;
+mod memory;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -19,6 +21,7 @@ use super::report::Report;
 pub(crate) enum Part {
     Images,
     Guest,
+    Memory,
 }
 
 pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> {
@@ -26,6 +29,7 @@ pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> 
         match part {
             Part::Images => images::run(bed, report)?,
             Part::Guest => guest::run(bed, report)?,
+            Part::Memory => memory::run(bed, report)?,
         }
     }
     Ok(())
