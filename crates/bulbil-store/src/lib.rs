@@ -45,7 +45,10 @@ pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
 pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
-pub use objects::{DirObjects, Objects};
+pub use objects::{
+    DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,
+    open_objects,
+};
 pub use pack::PackId;
 pub use published::OwnerId;
 pub use store::{Store, StoreOptions, StoreUsage};
