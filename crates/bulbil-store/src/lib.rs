@@ -14,6 +14,7 @@
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
+//! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
@@ -36,6 +37,7 @@ mod matching;
 mod objects;
 mod pack;
 mod published;
+mod reads;
 mod settings;
 mod store;
 
@@ -48,4 +50,5 @@ pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
 pub use published::OwnerId;
+pub use reads::{FrameRun, PackLayout};
 pub use store::{Store, StoreOptions, StoreUsage};
