@@ -52,10 +52,4 @@ impl Counters {
             wasted_frames: prefetched_frames.saturating_sub(hit_frames),
         }
     }
-
-    /// Frames that are read ahead and not used yet.
-    pub(crate) fn unused_ahead(&self) -> u64 {
-        let prefetched = self.prefetched_frames.load(Ordering::Relaxed);
-        prefetched.saturating_sub(self.hit_frames.load(Ordering::Relaxed))
-    }
 }
