@@ -17,6 +17,7 @@
 //! | `scrub` | reads everything again, quarantines what is damaged |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
+//! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
@@ -47,6 +48,7 @@ mod publish;
 mod published;
 mod scrub;
 mod sealed;
+mod reads;
 mod settings;
 mod store;
 
@@ -64,4 +66,5 @@ pub use objects::{
 };
 pub use pack::PackId;
 pub use published::OwnerId;
+pub use reads::{FrameRun, PackLayout};
 pub use store::{Store, StoreOptions, StoreUsage};
