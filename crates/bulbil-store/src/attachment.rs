@@ -11,6 +11,7 @@
 use crate::digest::Digest;
 use crate::encryption::EncryptedKind;
 use crate::error::StoreError;
+use crate::published::ContentName;
 use crate::store::Store;
 
 const MAGIC: &[u8; 8] = b"BULBATTA";
@@ -26,6 +27,15 @@ pub enum AttachmentKind {
 }
 
 impl AttachmentKind {
+    pub(crate) const ALL: [Self; 2] = [Self::BootTrace, Self::Leaves];
+
+    /// The content to which an attachment object of a known kind belongs.
+    pub(crate) fn content_of(object_name: &str) -> Option<ContentName> {
+        let (kind, hex) = object_name.strip_prefix("attachments/")?.split_once('/')?;
+        Self::ALL.iter().find(|known| known.as_str() == kind)?;
+        ContentName::parse(hex)
+    }
+
     fn as_str(self) -> &'static str {
         match self {
             Self::BootTrace => "boot-trace",

@@ -19,6 +19,8 @@ pub enum StoreErrorKind {
     Source,
     /// The storage did not answer in time.
     Timeout,
+    /// The storage refused access, or there are no credentials to ask with.
+    Denied,
     /// The store is encrypted and its key is missing or wrong.
     Key,
     /// The caller asked to stop.
@@ -34,7 +36,8 @@ pub struct StoreError {
 }
 
 impl StoreError {
-    pub(crate) fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
+    /// Makes an error without a cause; implementations of [`Objects`](crate::Objects) elsewhere need it.
+    pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }
 

@@ -12,8 +12,12 @@
 //! | `matching` | which blocks of a window are referenced and which are stored (pure) |
 //! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
+//! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
+//! | `marking`, `gc` | which packs are in use, and how the others go |
+//! | `scrub` | reads everything again, quarantines what is damaged |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
+//! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
 //! | `encryption` | keys, where they come from, encrypted packs and objects |
 //! | `cipher` | encryption of blocks in files of this host |
@@ -28,28 +32,43 @@
 
 mod attachment;
 mod cipher;
+mod clock;
 mod digest;
 mod encryption;
 mod error;
 mod frame;
+mod gc;
 mod import;
 mod index;
+mod lease;
 mod manifest;
+mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod process;
+mod publish;
 mod published;
+mod reads;
+mod scrub;
+mod sealed;
 mod settings;
 mod store;
 
 pub use attachment::AttachmentKind;
 pub use cipher::{BlockCipher, OverlayKey};
+pub use clock::{Clock, SystemClock};
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use encryption::{KeyProvider, KeySlot, KeySource, StoreKey, write_new_key_file};
 pub use error::{StoreError, StoreErrorKind};
+pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
 pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
-pub use objects::{DirObjects, Objects};
+pub use objects::{
+    DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,
+    open_objects,
+};
 pub use pack::PackId;
 pub use published::OwnerId;
+pub use reads::{FrameRun, PackLayout};
 pub use store::{Store, StoreOptions, StoreUsage};

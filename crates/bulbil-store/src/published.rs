@@ -32,6 +32,23 @@ impl OwnerId {
             .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
         Ok(Self(u64::from_le_bytes(bytes)))
     }
+
+    /// The lower half: a random number where the id is one.
+    pub(crate) fn low_bits(self) -> u32 {
+        u32::try_from(self.0 & u64::from(u32::MAX)).expect("masked")
+    }
+}
+
+impl serde::Serialize for OwnerId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for OwnerId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 impl fmt::Display for OwnerId {
@@ -56,7 +73,7 @@ impl FromStr for OwnerId {
 }
 
 /// How a content is named in a store: by its digest, or in an encrypted store by a keyed hash of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ContentName(pub(crate) [u8; 32]);
 
 impl fmt::Display for ContentName {
@@ -66,7 +83,7 @@ impl fmt::Display for ContentName {
 }
 
 impl ContentName {
-    fn parse(hex: &str) -> Option<Self> {
+    pub(crate) fn parse(hex: &str) -> Option<Self> {
         format!("sha256:{hex}").parse().ok().map(|digest: Digest| Self(*digest.as_bytes()))
     }
 }

@@ -5,18 +5,23 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use crate::clock::{Clock, SystemClock};
 use crate::digest::Digest;
-use crate::encryption::{EncryptedKind, KeyProvider, Keyring, PackKeys, Secret};
+use crate::encryption::{KeyProvider, Keyring, Secret};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::index::{BlockIndex, IndexedPack};
-use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, PackRef};
+use crate::manifest::{Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
 use crate::pack::{self, Footer, PackId};
+use crate::publish::Stored;
 use crate::published::{self, ContentName, OwnerId, Published};
 use crate::settings::Settings;
 
 /// Footers kept in memory: each is 6 KiB of frame records for a usual pack, and 64 KiB of block hashes.
 const FOOTERS_KEPT: usize = 256;
+
+/// A manifest that is replaced while it is looked for is looked for again, so often.
+const READ_ATTEMPTS: u32 = 100;
 
 /// What is to be known beside where the objects are.
 #[derive(Debug, Clone, Default)]
@@ -66,8 +71,8 @@ pub struct StoreUsage {
 
 /// An open image store.
 ///
-/// Reading needs no lock and may happen in many processes at once. Imports and
-/// [`sweep`](Store::sweep) exclude each other, also between processes.
+/// Reading needs no lock and may happen in many processes at once. Imports of one host exclude each
+/// other, also between processes; [collections](Store::collect) run beside them.
 #[derive(Debug)]
 pub struct Store {
     pub(crate) objects: Arc<dyn Objects>,
@@ -76,9 +81,10 @@ pub struct Store {
     pub(crate) block_hash_key: Secret,
     /// `None` when the store is not encrypted.
     pub(crate) keyring: Option<Arc<Keyring>>,
+    pub(crate) clock: Arc<dyn Clock>,
     footers: Mutex<FooterCache>,
     /// Contents by their names, which tell nothing in an encrypted store.
-    contents: Mutex<HashMap<ContentName, Digest>>,
+    pub(crate) contents: Mutex<HashMap<ContentName, Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -132,9 +138,17 @@ impl Store {
             owner: options.owner,
             block_hash_key: settings.block_hash_key,
             keyring: settings.keyring,
+            clock: Arc::new(SystemClock),
             footers: Mutex::default(),
             contents: Mutex::default(),
         })
+    }
+
+    /// Takes the time of day from another clock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
     }
 
     /// Reads the manifest of a disk's content: the newest of this owner, or else anybody's.
@@ -142,42 +156,30 @@ impl Store {
     /// # Errors
     /// `NotFound` when the store does not hold it; `Corrupt`.
     pub fn manifest(&self, digest: &Digest) -> Result<Manifest, StoreError> {
-        let published = self.published(digest)?;
-        let best = published.iter().max_by_key(|p| (p.owner == Some(self.owner), p.owner.is_some(), p.edition));
-        let best = best.ok_or_else(|| {
-            StoreError::new(StoreErrorKind::NotFound, format!("the store has no manifest of {digest}"))
-        })?;
-        self.read_manifest(best)
-    }
-
-    /// Reads one manifest.
-    pub(crate) fn read_manifest(&self, published: &Published) -> Result<Manifest, StoreError> {
-        let name = published.object_name();
-        let bytes =
-            self.decrypt_object(EncryptedKind::Manifest, &name, self.objects.get(&name, MAX_MANIFEST_BYTES)?)?;
-        let manifest = Manifest::parse(&bytes)?;
-        let (content, digest) = (published.content, manifest.digest());
-        if self.content_name(&digest) != content {
-            return Err(StoreError::corrupt(format!("the manifest stored for {content} is of {digest}")));
+        for _ in 0..READ_ATTEMPTS {
+            let mut published = self.published(digest)?;
+            published.sort_unstable_by_key(|p| (p.owner == Some(self.owner), p.owner.is_some(), p.edition));
+            let (mut damaged, mut replaced) = (None, false);
+            for published in published.iter().rev() {
+                match self.stored_manifest(published)? {
+                    Stored::Manifest(manifest) => return Ok(manifest),
+                    Stored::Void => {}
+                    Stored::Gone => replaced = true,
+                    Stored::Damaged(error) => damaged = damaged.or(Some(error)),
+                }
+            }
+            match damaged {
+                Some(error) => return Err(error),
+                // One that had gone when it was to be read has perhaps made room for a newer one.
+                None if replaced => {}
+                None => break,
+            }
         }
-        if self.keyring.is_some() {
-            self.contents.lock().expect("no panic while held").insert(content, digest);
-        }
-        Ok(manifest)
-    }
-
-    /// The content of a manifest; an encrypted one may have to be read for it.
-    pub(crate) fn digest_of(&self, published: &Published) -> Result<Digest, StoreError> {
-        let content = published.content;
-        if self.keyring.is_none() {
-            return Ok(Digest::from_bytes(content.0));
-        }
-        let known = self.contents.lock().expect("no panic while held").get(&content).copied();
-        known.map_or_else(|| Ok(self.read_manifest(published)?.digest()), Ok)
+        Err(StoreError::new(StoreErrorKind::NotFound, format!("the store has no manifest of {digest}")))
     }
 
     /// Lists the manifests of a content, of all owners, in no order.
-    fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
+    pub(crate) fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
         let mut found: Vec<_> = self.objects.list(&published::directory(self.content_name(digest)))?;
         let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
         if !found.iter().any(own) {
@@ -204,7 +206,8 @@ impl Store {
     /// `Io`; in an encrypted store also `Corrupt`.
     pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
         let mine = |p: &Published| p.owner.is_none_or(|owner| owner == self.owner);
-        let found = self.all_published()?.into_iter().filter(mine).map(|p| self.digest_of(&p));
+        let found = self.all_published()?.into_iter().filter(mine);
+        let found = found.filter_map(|published| self.digest_of(&published).transpose());
         Ok(found.collect::<Result<HashSet<_>, _>>()?.into_iter().collect())
     }
 
@@ -214,57 +217,11 @@ impl Store {
     /// `Corrupt` with the pack's and the frame's name when stored bytes do not verify; `NotFound`
     /// or `Io` when they cannot be read.
     pub fn read_frame(&self, pack: &PackRef, frame: u32) -> Result<Vec<u8>, StoreError> {
-        let footer = self.footer(pack.id, pack.len_bytes)?;
-        if footer.digest != pack.footer_digest {
-            return Err(StoreError::corrupt(format!("pack {}: not the pack that the manifest names", pack.id)));
-        }
+        let footer = self.verified_footer(pack)?;
         let record = footer.frames.get(frame as usize);
         let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
         let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
-        footer.decode_frame(frame, &stored).map_err(|error| {
-            StoreError::with_source(error.kind(), format!("pack {}, frame {frame} is damaged", pack.id), error)
-        })
-    }
-
-    /// Gives a content up: deletes this owner's manifests of it, so that [`sweep`](Self::sweep) may free
-    /// its blocks when no other owner has one.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn remove_manifest(&self, digest: &Digest) -> Result<(), StoreError> {
-        for published in self.published(digest)? {
-            if published.owner.is_none_or(|owner| owner == self.owner) {
-                self.objects.delete(&published.object_name())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Deletes every pack that no manifest refers to and returns the bytes freed.
-    ///
-    /// Volumes read through manifests, so a manifest must stay while a volume uses it.
-    ///
-    /// # Errors
-    /// `Corrupt` when a manifest cannot be read, and then nothing is deleted; `Io`. A running import
-    /// is waited for.
-    pub fn sweep(&self) -> Result<u64, StoreError> {
-        let lock = self.lock_for_changes()?;
-        let mut live = HashSet::new();
-        for published in self.all_published()? {
-            live.extend(self.read_manifest(&published)?.packs().iter().map(|pack| pack.id));
-        }
-        let mut freed_bytes = 0;
-        let mut index = BlockIndex::open(&self.index_directory)?;
-        for (name, len_bytes) in self.objects.list("packs")? {
-            if PackId::from_object_name(&name).is_some_and(|id| !live.contains(&id)) {
-                // Unclean before the first deletion: entries of deleted packs must not survive a crash.
-                index.begin_changes()?;
-                self.objects.delete(&name)?;
-                freed_bytes += len_bytes;
-            }
-        }
-        drop(lock);
-        Ok(freed_bytes)
+        self.decode_stored(pack.id, &footer, frame, &stored)
     }
 
     /// Adds up what the store takes.
@@ -282,22 +239,6 @@ impl Store {
             usage.manifest_bytes += len_bytes;
         }
         Ok(usage)
-    }
-
-    /// Puts a manifest of this owner; `false` when it has one for this content already.
-    pub(crate) fn publish(&self, manifest: &Manifest) -> Result<bool, StoreError> {
-        let digest = manifest.digest();
-        if self.published(&digest)?.iter().any(|p| p.owner.is_none_or(|owner| owner == self.owner)) {
-            return Ok(false);
-        }
-        let published = Published { content: self.content_name(&digest), owner: Some(self.owner), edition: 0 };
-        let name = published.object_name();
-        self.objects.put_if_absent(&name, &self.encode_manifest(manifest, &name)?)
-    }
-
-    /// Encodes a manifest as it is stored under this name.
-    pub(crate) fn encode_manifest(&self, manifest: &Manifest, name: &str) -> Result<Vec<u8>, StoreError> {
-        self.encrypt_object(EncryptedKind::Manifest, name, manifest.encode()?)
     }
 
     pub(crate) fn footer(&self, id: PackId, pack_bytes: u64) -> Result<Arc<Footer>, StoreError> {
@@ -322,12 +263,7 @@ impl Store {
         Ok(footer)
     }
 
-    /// What gives the ciphers of packs; `None` when the store is not encrypted.
-    pub(crate) fn pack_keys(&self) -> Option<&dyn PackKeys> {
-        self.keyring.as_deref().map(|keyring| keyring as &dyn PackKeys)
-    }
-
-    /// Takes the lock that imports and sweeps hold.
+    /// Takes the lock on the index, which imports of this host hold.
     pub(crate) fn lock_for_changes(&self) -> Result<File, StoreError> {
         let path = self.index_directory.join("lock");
         let lock = || {
@@ -340,32 +276,35 @@ impl Store {
         Ok(file)
     }
 
-    /// Opens the index and brings it up to date with the packs that are there.
+    /// Opens the index and brings it up to date with the packs that are there; those in `unusable` are
+    /// passed over.
     ///
     /// The caller holds the lock.
-    pub(crate) fn open_index(&self) -> Result<BlockIndex, StoreError> {
-        let stored: HashMap<PackId, u64> = self
-            .objects
-            .list("packs")?
-            .into_iter()
-            .filter_map(|(name, len_bytes)| Some((PackId::from_object_name(&name)?, len_bytes)))
-            .collect();
+    pub(crate) fn open_index(&self, unusable: &HashSet<PackId>) -> Result<BlockIndex, StoreError> {
+        let stored: HashMap<PackId, u64> = self.list_packs()?.into_iter().collect();
         let mut index = BlockIndex::open(&self.index_directory)?;
-        if index.packs().iter().any(|pack| !stored.contains_key(&pack.id)) {
+        let gone = index.packs().iter().filter(|pack| !stored.contains_key(&pack.id)).count();
+        // Entries of packs that are gone are passed over; when they are the most, they go.
+        if gone > index.packs().len() / 2 {
             index.clear()?;
         }
         let numbered = index.numbers();
-        let missing: Vec<_> = stored.into_iter().filter(|(id, _)| !numbered.contains_key(id)).collect();
+        let missing = |id: &PackId| !numbered.contains_key(id) && !unusable.contains(id);
+        let missing: Vec<_> = stored.iter().filter(|(id, _)| missing(id)).collect();
         if !missing.is_empty() {
             index.begin_changes()?;
         }
         for (id, len_bytes) in missing {
-            match self.footer(id, len_bytes) {
-                Ok(footer) => index_pack(&mut index, IndexedPack { id, len_bytes }, &footer)?,
+            match self.footer(*id, *len_bytes) {
+                Ok(footer) => index_pack(&mut index, IndexedPack { id: *id, len_bytes: *len_bytes }, &footer)?,
                 // Not usable for matching; reading it will report the damage to whom it concerns.
                 Err(error) => tracing::warn!(pack = %id, %error, "a pack's footer cannot be read"),
             }
         }
+        let skipped = index.packs().iter().zip(0..);
+        let skipped = skipped.filter(|(pack, _)| !stored.contains_key(&pack.id) || unusable.contains(&pack.id));
+        let skipped = skipped.map(|(_, number)| number).collect();
+        index.skip_packs(skipped);
         Ok(index)
     }
 }

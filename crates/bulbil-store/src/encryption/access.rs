@@ -1,13 +1,15 @@
 //! What a store does with its keys.
 
-use super::encrypted::{EncryptedKind, PackKeys as _};
+use super::encrypted::{EncryptedKind, PackKeys};
 use super::key_source::KeyProvider;
 use super::keyring::{KeySlot, Keyring};
 use crate::cipher::{BlockCipher, OverlayKey};
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
+use crate::manifest::Manifest;
 use crate::pack::{PackBuilder, PackId};
-use crate::published::ContentName;
+use crate::publish::Stored;
+use crate::published::{ContentName, Published};
 use crate::store::Store;
 
 impl Store {
@@ -104,6 +106,57 @@ impl Store {
             Some(keyring) => *blake3::keyed_hash(keyring.names().as_bytes(), digest.as_bytes()).as_bytes(),
             None => *digest.as_bytes(),
         })
+    }
+
+    /// What gives the ciphers of packs; `None` when the store is not encrypted.
+    pub(crate) fn pack_keys(&self) -> Option<&dyn PackKeys> {
+        self.keyring.as_deref().map(|keyring| keyring as &dyn PackKeys)
+    }
+
+    /// Encodes a manifest as it is stored under this name.
+    pub(crate) fn encode_manifest(&self, manifest: &Manifest, name: &str) -> Result<Vec<u8>, StoreError> {
+        self.encrypt_object(EncryptedKind::Manifest, name, manifest.encode()?)
+    }
+
+    /// Parses what is stored as a manifest of this content under this name.
+    ///
+    /// # Errors
+    /// `Corrupt`, also when it is of another content; `UnsupportedVersion`; `Key`.
+    pub(crate) fn parse_manifest(
+        &self,
+        content: ContentName,
+        name: &str,
+        stored: Vec<u8>,
+    ) -> Result<Manifest, StoreError> {
+        let manifest = Manifest::parse(&self.decrypt_object(EncryptedKind::Manifest, name, stored)?)?;
+        let digest = manifest.digest();
+        if self.content_name(&digest) != content {
+            return Err(StoreError::corrupt(format!("the manifest stored for {content} is of {digest}")));
+        }
+        if self.is_encrypted() {
+            self.contents.lock().expect("no panic while held").insert(content, digest);
+        }
+        Ok(manifest)
+    }
+
+    /// The content of a manifest; an encrypted one may have to be read for it. `None` when it is none or
+    /// has gone.
+    ///
+    /// # Errors
+    /// `Corrupt` when it has to be read and cannot be; `Io`, `Timeout`, `Key`.
+    pub(crate) fn digest_of(&self, published: &Published) -> Result<Option<Digest>, StoreError> {
+        let content = published.content;
+        if !self.is_encrypted() {
+            return Ok(Some(Digest::from_bytes(content.0)));
+        }
+        if let Some(digest) = self.contents.lock().expect("no panic while held").get(&content) {
+            return Ok(Some(*digest));
+        }
+        match self.stored_manifest(published)? {
+            Stored::Manifest(manifest) => Ok(Some(manifest.digest())),
+            Stored::Void | Stored::Gone => Ok(None),
+            Stored::Damaged(error) => Err(error),
+        }
     }
 
     /// Makes of a plain object what is stored under this name.
