@@ -119,6 +119,7 @@ fn read_end(objects: &dyn Objects, id: &str) -> Result<End, StoreError> {
 pub(crate) struct WriteLease {
     objects: Arc<dyn Objects>,
     id: String,
+    condemned: HashSet<PackId>,
     unusable: HashSet<PackId>,
     renewal: Arc<Renewal>,
     thread: Option<JoinHandle<()>>,
@@ -168,6 +169,7 @@ impl WriteLease {
         let mut lease = Self {
             id: sealed::random_id()?,
             objects: Arc::clone(&objects),
+            condemned: HashSet::new(),
             unusable: HashSet::new(),
             renewal: Arc::new(Renewal { state: Mutex::new(state), changed: Condvar::new() }),
             thread: None,
@@ -178,13 +180,19 @@ impl WriteLease {
         objects.put(&lease_name(&lease.id), &sealed::encode(&document))?;
         let newest = list::read_newest(&*objects)?;
         if let Some(list) = newest.list? {
-            lease.unusable.extend(list.packs.iter().map(|pack| pack.id));
+            lease.condemned.extend(list.packs.iter().map(|pack| pack.id));
             document.generation = newest.generation;
             objects.put(&lease_name(&lease.id), &sealed::encode(&document))?;
         }
-        lease.unusable.extend(crate::scrub::quarantine::packs(&*objects)?);
+        lease.unusable = crate::scrub::quarantine::packs(&*objects)?.into_iter().collect();
+        lease.unusable.extend(&lease.condemned);
         lease.start_renewing(document, Arc::clone(&store.clock))?;
         Ok(lease)
+    }
+
+    /// Packs that a collection may take although this lease is there.
+    pub(crate) fn condemned(&self) -> &HashSet<PackId> {
+        &self.condemned
     }
 
     /// Packs to which nothing new may refer: condemned or quarantined.

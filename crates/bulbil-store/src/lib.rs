@@ -15,6 +15,8 @@
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
 //! | `scrub` | reads everything again, quarantines what is damaged |
+//! | `import` | the pipeline that reads, matches, compresses and writes in parallel; whole disks, or changes of one |
+//! | `leaves` | the hashes of a content's windows, so that a change needs no reading of the rest |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `reads` | several frames of a pack with one request |
@@ -38,6 +40,7 @@ mod gc;
 mod import;
 mod index;
 mod lease;
+mod leaves;
 mod manifest;
 mod marking;
 mod matching;
@@ -46,9 +49,9 @@ mod pack;
 mod process;
 mod publish;
 mod published;
+mod reads;
 mod scrub;
 mod sealed;
-mod reads;
 mod settings;
 mod store;
 
@@ -58,7 +61,7 @@ pub use clock::{Clock, SystemClock};
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
 pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
-pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
+pub use import::{ChangedDisk, DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{
     DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,
