@@ -80,6 +80,16 @@ pub struct ImportReport {
     pub existed: bool,
 }
 
+/// What an import is to do beyond the usual.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// Leaves what an import that fails has stored, so that the next one need not store it again; a sweep
+    /// frees it when none comes. Otherwise the packs are taken back.
+    pub keep_on_failure: bool,
+    /// The content that the disk must turn out to have; another one is not published.
+    pub expected_digest: Option<Digest>,
+}
+
 const FRAME_BLOCKS: u32 = 32;
 
 /// Windows read by one scan job: large reads, few jobs.
@@ -105,9 +115,22 @@ impl Store {
     /// `Source` when the disk cannot be read, `Cancelled`, `NoSpace`, `Io`, `Corrupt`. The store
     /// then holds what it held before.
     pub fn import(&self, source: &dyn DiskSource, observer: &dyn ImportObserver) -> Result<ImportReport, StoreError> {
+        self.import_with_options(source, observer, &ImportOptions::default())
+    }
+
+    /// As [`import`](Self::import), with options.
+    ///
+    /// # Errors
+    /// As [`import`](Self::import); `Source` as well when the disk is not the content that was expected.
+    pub fn import_with_options(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+        options: &ImportOptions,
+    ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let report = import_with(self, source, observer, workers);
+        let report = import_with(self, source, observer, workers, options);
         drop(lock);
         report
     }
@@ -122,6 +145,7 @@ fn import_with(
     source: &dyn DiskSource,
     observer: &dyn ImportObserver,
     workers: usize,
+    options: &ImportOptions,
 ) -> Result<ImportReport, StoreError> {
     let queue = Queue::default();
     let (results, inbox) = mpsc::channel();
@@ -145,16 +169,19 @@ fn import_with(
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
         let mut import = Import::new(store, source, observer, &queue, &inbox, pack_sender)?;
+        let end_failed =
+            |import: &mut Import<'_>| if options.keep_on_failure { import.leave() } else { import.discard() };
         if let Err(error) = import.run(workers * SCANS_PER_WORKER) {
-            import.discard();
+            end_failed(&mut import);
             return Err(error);
         }
-        let outcome = import.publish();
+        let outcome = import.publish(options.expected_digest);
         match &outcome {
             Ok(report) if !report.existed => import.keep(),
             // Putting the manifest failed, but perhaps only after it was visible: then its packs stay.
             Err(_) if import.is_published() => import.keep(),
-            _ => import.discard(),
+            Err(_) => end_failed(&mut import),
+            Ok(_) => import.discard(),
         }
         outcome
     })
@@ -652,8 +679,11 @@ impl<'a> Import<'a> {
         Ok(())
     }
 
-    fn publish(&mut self) -> Result<ImportReport, StoreError> {
+    fn publish(&mut self, expected_digest: Option<Digest>) -> Result<ImportReport, StoreError> {
         let digest = self.digest.take().expect("published once").finish();
+        if let Some(expected) = expected_digest.filter(|expected| *expected != digest) {
+            return Err(source_error(format!("its content is {digest}, not {expected}").into()));
+        }
         self.published = Some(digest);
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
@@ -711,10 +741,9 @@ impl<'a> Import<'a> {
         }
     }
 
-    /// Takes back the packs of an import that failed or brought nothing new.
-    ///
-    /// Best effort: what stays behind is unreferenced, and the unclean index is rebuilt.
-    fn discard(&mut self) {
+    /// Waits for the packs that are on their way and leaves all that were stored; the unclean index is
+    /// rebuilt by the next import, which so knows their blocks.
+    fn leave(&mut self) {
         self.packs = None;
         while self.packs_in_flight > 0 {
             match self.inbox.recv() {
@@ -728,6 +757,13 @@ impl<'a> Import<'a> {
                 Err(_) => break,
             }
         }
+    }
+
+    /// Takes back the packs of an import that failed or brought nothing new.
+    ///
+    /// Best effort: what stays behind is unreferenced, and the unclean index is rebuilt.
+    fn discard(&mut self) {
+        self.leave();
         if self.new_packs.is_empty() && self.open.is_none() {
             return self.keep();
         }

@@ -13,6 +13,7 @@
 //! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
 //! | `objects` | the seam to storage: named objects, durable when put |
+//! | `image_record` | images that a store offers by name |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `settings` | what a store is: its format and keys |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
@@ -29,6 +30,7 @@ mod cipher;
 mod digest;
 mod error;
 mod frame;
+mod image_record;
 mod import;
 mod index;
 mod manifest;
@@ -43,7 +45,8 @@ pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
-pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
+pub use image_record::StoredImage;
+pub use import::{DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
