@@ -13,11 +13,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bulbil_control::DataDir;
+use bulbil_control::{DataDir, StoreChoice, open_cache, open_store};
 use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_store::{Digest, Store};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BaseCache, VolumeDirectory};
+use bulbil_volume::VolumeDirectory;
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
@@ -55,7 +55,7 @@ struct Volumes {
 impl Volumes {
     fn open(data: &str) -> Result<Self, Box<dyn Error>> {
         let data = DataDir::open(Path::new(data))?;
-        let store = Arc::new(Store::open_or_create(&data.store())?);
+        let store = Arc::new(open_store(&data, &StoreChoice::default())?.0);
         let directory = VolumeDirectory::open(&data.volumes())?;
         Ok(Self { data, store, directory })
     }
@@ -68,7 +68,7 @@ impl Volumes {
     }
 
     fn serve(&self, id: &VolumeId, socket: &Path) -> Result<(), Box<dyn Error>> {
-        let cache = Arc::new(BaseCache::open(&self.data.cache())?);
+        let cache = Arc::new(open_cache(&self.data)?);
         let device = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
         let export = Export { name: String::new(), description: id.to_string(), device };
         let server = NbdServer::bind(socket)?.export(export)?.spawn()?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! catalog.db        images and instances
+//! store.json        which store the images are in, see `store_binding`; store-state/ what is kept here of a remote one
 //! store/            packs and manifests            cache/    decompressed frames of this host
 //! volumes/vol-…/    what instances wrote
 //! instances/i-…/    instance.json, user-data, state.json, serial.log, qemu.log, shim.log, known_hosts
@@ -83,10 +84,20 @@ impl DataDir {
         self.root.join("catalog.db")
     }
 
-    /// The image store.
+    /// The image store, unless the data directory is bound to another one.
     #[must_use]
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Which store this data directory belongs to.
+    pub(crate) fn store_binding(&self) -> PathBuf {
+        self.root.join("store.json")
+    }
+
+    /// What is kept on this host of a store that lies elsewhere; it can be made again.
+    pub(crate) fn store_state(&self) -> PathBuf {
+        self.root.join("store-state")
     }
 
     /// The base cache.

@@ -49,6 +49,15 @@ pub struct StoredImage {
     pub created_at: i64,
 }
 
+/// The images that a store offers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoredImages {
+    /// By name and version.
+    pub images: Vec<StoredImage>,
+    /// Names of the objects that are damaged, or of a newer version.
+    pub unreadable: Vec<String>,
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
@@ -82,25 +91,24 @@ impl Store {
         }
     }
 
-    /// Lists every image that the store offers, by name and version. A record that cannot be read is left out with a
-    /// warning.
+    /// Lists every image that the store offers, by name and version.
     ///
     /// # Errors
-    /// `Corrupt` for more than 100 000 records; `Io`, `Timeout`.
-    pub fn images(&self) -> Result<Vec<StoredImage>, StoreError> {
+    /// `Corrupt` for more than 100 000 records; `Io`, `Timeout`. A record that cannot be understood is no error.
+    pub fn images(&self) -> Result<StoredImages, StoreError> {
         let mut objects = self.objects.list("images")?;
         if objects.len() > MAX_RECORDS {
             return Err(StoreError::corrupt(format!("the store has {} image records", objects.len())));
         }
         objects.sort_unstable();
-        let mut found = Vec::new();
+        let mut found = StoredImages::default();
         for (object, _) in objects {
             match self.objects.get(&object, MAX_BYTES).and_then(|bytes| parse(&object, &bytes)) {
-                Ok(image) => found.push(image),
+                Ok(image) => found.images.push(image),
                 // Withdrawn since it was listed.
                 Err(e) if e.kind() == StoreErrorKind::NotFound => {}
                 Err(e) if matches!(e.kind(), StoreErrorKind::Corrupt | StoreErrorKind::UnsupportedVersion) => {
-                    tracing::warn!(object, error = %e, "an image record cannot be read");
+                    found.unreadable.push(object);
                 }
                 Err(e) => return Err(e),
             }

@@ -45,7 +45,7 @@ pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
-pub use image_record::StoredImage;
+pub use image_record::{StoredImage, StoredImages};
 pub use import::{DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};

@@ -111,10 +111,11 @@ fn images_are_found_by_name_and_a_name_is_taken_once() {
     assert!(store.put_image(&first).unwrap(), "the same again is fine");
     let other = StoredImage { boot_mode: BootMode::Bios, ..first.clone() };
     assert!(!store.put_image(&other).unwrap());
-    assert_eq!(store.images().unwrap(), [first.clone(), second.clone()]);
+    assert_eq!(store.images().unwrap().images, [first.clone(), second.clone()]);
     assert_eq!(store.image(&first.name, &first.version).unwrap(), first);
     std::fs::File::create(dir.path().join("images/web/1.json")).unwrap();
-    assert_eq!(store.images().unwrap(), [second]);
+    let listed = store.images().unwrap();
+    assert_eq!((listed.images, listed.unreadable), (vec![second], vec!["images/web/1.json".to_owned()]));
     assert_eq!(store.image(&first.name, &first.version).unwrap_err().kind(), StoreErrorKind::Corrupt);
     store.remove_image(&first.name, &first.version).unwrap();
     assert_eq!(store.image(&first.name, &first.version).unwrap_err().kind(), StoreErrorKind::NotFound);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use bulbil_api::Wait;
-use bulbil_control::{Format, PublishedPort};
+use bulbil_control::{Format, KeySource, PublishedPort, StoreChoice, StoreLocation};
 use bulbil_types::{ByteSize, Name, Personality};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -36,9 +36,22 @@ pub(crate) struct Global {
     /// Directory that holds everything [default: ~/.local/share/bulbil]
     #[arg(long, global = true, env = "BULBIL_DATA_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) data_dir: Option<PathBuf>,
+    /// Store that the images are in: a path, file:///PATH or s3://BUCKET/PREFIX [default: in the data directory]
+    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+    pub(crate) store: Option<StoreLocation>,
+    /// Key of an encrypted store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE")]
+    pub(crate) store_key: Option<KeySource>,
     /// How results are written
     #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: OutputFormat,
+}
+
+impl Global {
+    /// What was said about the store.
+    pub(crate) fn store_choice(&self) -> StoreChoice {
+        StoreChoice { location: self.store.clone(), key: self.store_key.clone() }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -216,9 +229,18 @@ pub(crate) enum ImageCommand {
         #[command(flatten)]
         input: InputArgs,
     },
-    /// List images
-    #[command(visible_alias = "ls")]
-    List,
+    /// List images, here or of another store
+    #[command(visible_alias = "ls", after_help = "Example:\n  bulbil image list --from s3://images/team")]
+    List {
+        /// List what this store offers
+        #[arg(long, value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+        from: Option<StoreLocation>,
+        /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+        #[arg(long, value_name = "SOURCE", requires = "from")]
+        from_key: Option<KeySource>,
+    },
+    /// Copy an image to or from another store: only what is missing there is sent
+    Copy(CopyArgs),
     /// Show an image in full
     #[command(visible_alias = "info")]
     Show {
@@ -234,6 +256,34 @@ pub(crate) enum ImageCommand {
         #[arg(required = true, value_parser = NonEmptyStringValueParser::new())]
         images: Vec<String>,
     },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bulbil image copy debian-12 --to s3://images/team
+  bulbil image copy debian-12 --from s3://images/team --as debian:12.1
+
+A copy that was cut off goes on where it was when it is made again.")]
+pub(crate) struct CopyArgs {
+    /// Image to copy: of this host, or with --from of that store
+    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) image: String,
+    /// Copy it to this store, which is made if there is none
+    #[arg(long, value_name = "LOCATION", required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
+    pub(crate) to: Option<StoreLocation>,
+    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, value_name = "SOURCE", conflicts_with = "from")]
+    pub(crate) to_key: Option<KeySource>,
+    /// Copy it from this store
+    #[arg(long, value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+    pub(crate) from: Option<StoreLocation>,
+    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, value_name = "SOURCE", conflicts_with = "to")]
+    pub(crate) from_key: Option<KeySource>,
+    /// Name and version of the copy [default: as the image]
+    #[arg(long = "as", value_name = "NAME[:VERSION]")]
+    pub(crate) name: Option<NameAndVersion>,
 }
 
 /// `NAME` or `NAME:VERSION`.

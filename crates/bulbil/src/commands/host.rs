@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use bulbil_api::{Client, ClientError};
-use bulbil_control::{DataDir, HostCheck, HostReport};
+use bulbil_control::{DataDir, HostCheck, HostReport, StoreChoice};
 use bulbil_types::ByteSize;
 
 use super::Context;
@@ -32,7 +32,7 @@ pub(crate) fn image_reader(self_test: bool, printer: &Printer) -> CliResult<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<ExitCode> {
+pub(crate) async fn doctor(data_root: &Path, store: &StoreChoice, printer: &Printer) -> CliResult<ExitCode> {
     let search_path = std::env::var_os("PATH").unwrap_or_default();
     let mut report = HostReport::of_this_host(data_root, &daemon::own_program()?, &search_path).await;
     let daemon = match Client::new(&data_root.join("run/bulbil.sock")).health().await {
@@ -42,6 +42,7 @@ pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<Exi
     };
     let (ok, detail) = daemon;
     report.checks.push(HostCheck { name: "daemon".to_owned(), ok, optional: false, detail });
+    report.add_store(data_root, store).await;
     printer.result(&report, || {
         let row = |check: &HostCheck| {
             let word = match (check.ok, check.optional) {

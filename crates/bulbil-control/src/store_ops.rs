@@ -1,0 +1,182 @@
+//! The seam to stores: how one is opened, wherever it lies.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use bulbil_store::{DirObjects, Objects, OwnerId, Store, StoreError, StoreErrorKind, StoreOptions};
+use bulbil_volume::{BaseCache, VolumeError};
+
+use crate::data_dir::DataDir;
+
+/// The object that every store has.
+const SETTINGS_OBJECT: &str = "bulbil-store.json";
+
+/// Where a store lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreLocation {
+    /// A directory of this host, absolute.
+    Directory(PathBuf),
+}
+
+impl fmt::Display for StoreLocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => f.pad(&path.to_string_lossy()),
+        }
+    }
+}
+
+impl FromStr for StoreLocation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = match text.split_once("://") {
+            Some(("file", path)) if path.starts_with('/') => path,
+            Some(_) => return Err(format!("`{text}` is no location of a store: write a path or file:///PATH")),
+            None => text,
+        };
+        if path.is_empty() {
+            return Err("an empty text is no location of a store".to_owned());
+        }
+        Ok(Self::Directory(std::path::absolute(path).map_err(|e| e.to_string())?))
+    }
+}
+
+impl serde::Serialize for StoreLocation {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for StoreLocation {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl serde::Serialize for KeySource {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for KeySource {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Where the key of an encrypted store is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeySource {
+    /// A file, absolute.
+    File(PathBuf),
+    /// A program that prints it, and its arguments.
+    Command(Vec<String>),
+}
+
+impl fmt::Display for KeySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Command(words) => write!(f, "command:{}", words.join(" ")),
+        }
+    }
+}
+
+impl FromStr for KeySource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let usage = || format!("`{text}` is no source of a key: write file:PATH or command:PROGRAM ARGUMENTS");
+        match text.split_once(':') {
+            Some(("file", path)) if !path.is_empty() => {
+                Ok(Self::File(std::path::absolute(path).map_err(|e| e.to_string())?))
+            }
+            Some(("command", line)) if !line.trim().is_empty() => {
+                Ok(Self::Command(line.split_whitespace().map(str::to_owned).collect()))
+            }
+            _ => Err(usage()),
+        }
+    }
+}
+
+/// The directory of a store on this host.
+pub(crate) fn directory_of(location: &StoreLocation) -> Option<&Path> {
+    match location {
+        StoreLocation::Directory(path) => Some(path),
+    }
+}
+
+/// Whether two locations are one store, as far as can be seen without opening them.
+pub(crate) fn is_same_location(one: &StoreLocation, other: &StoreLocation) -> bool {
+    let real = |location| directory_of(location).and_then(|path| path.canonicalize().ok());
+    one == other || real(one).is_some_and(|path| real(other) == Some(path))
+}
+
+/// The name of what is kept on this host of a store that lies elsewhere.
+fn state_name(location: &StoreLocation) -> String {
+    let text = location.to_string();
+    let readable = text.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' });
+    // Of two locations that read the same only the hash tells which is which.
+    let hash = text
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{}-{hash:016x}", readable.take(40).collect::<String>())
+}
+
+/// How a store is opened.
+#[derive(Debug)]
+pub(crate) struct OpenRequest<'a> {
+    pub(crate) location: &'a StoreLocation,
+    #[expect(dead_code, reason = "stores are not encrypted yet")]
+    pub(crate) key: Option<&'a KeySource>,
+    pub(crate) owner: OwnerId,
+    /// For what is kept on this host of stores that lie elsewhere; each has its own place in it.
+    pub(crate) state_directory: &'a Path,
+}
+
+/// Opens a store, or makes one where there is none.
+pub(crate) fn open_or_create(request: &OpenRequest<'_>) -> Result<Store, StoreError> {
+    let options = StoreOptions { state_directory: state_directory(request), owner: request.owner };
+    Store::open(open_objects(request.location)?, options)
+}
+
+/// Opens a store; `None` where there is none.
+pub(crate) fn open_existing(request: &OpenRequest<'_>) -> Result<Option<Store>, StoreError> {
+    if exists(request.location)? { open_or_create(request).map(Some) } else { Ok(None) }
+}
+
+/// Whether there is a store, without making one.
+pub(crate) fn exists(location: &StoreLocation) -> Result<bool, StoreError> {
+    if directory_of(location).is_some_and(|path| !path.join(SETTINGS_OBJECT).exists()) {
+        // Opening the objects would make the directory.
+        return Ok(false);
+    }
+    match open_objects(location)?.get_range(SETTINGS_OBJECT, 0, 1) {
+        Err(e) if e.kind() == StoreErrorKind::NotFound => Ok(false),
+        other => other.map(|_| true),
+    }
+}
+
+fn open_objects(location: &StoreLocation) -> Result<Arc<dyn Objects>, StoreError> {
+    match location {
+        StoreLocation::Directory(path) => Ok(Arc::new(DirObjects::open(path)?)),
+    }
+}
+
+/// A directory's index and lock lie in it, so that all who import into it share them.
+fn state_directory(request: &OpenRequest<'_>) -> PathBuf {
+    let of_remote = || request.state_directory.join(state_name(request.location));
+    directory_of(request.location).map_or_else(of_remote, |path| path.join("index"))
+}
+
+/// Opens the base cache of a data directory.
+///
+/// # Errors
+/// As [`BaseCache::open`].
+pub fn open_cache(data: &DataDir) -> Result<BaseCache, VolumeError> {
+    BaseCache::open(&data.cache())
+}
