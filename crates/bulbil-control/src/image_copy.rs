@@ -26,8 +26,10 @@ use crate::store_ops::{self, KeySource, OpenRequest, StoreLocation};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OtherStore {
     /// Where it lies.
+    #[serde(with = "store_ops::as_text")]
     pub location: StoreLocation,
     /// Where its key is found.
+    #[serde(default, with = "store_ops::as_optional_text")]
     pub key: Option<KeySource>,
 }
 
@@ -59,6 +61,7 @@ pub struct CopyFromRequest {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CopiedImage {
     /// The store.
+    #[serde(with = "store_ops::as_text")]
     pub location: StoreLocation,
     /// What it offers now.
     #[serde(flatten)]

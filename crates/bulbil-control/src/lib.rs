@@ -17,6 +17,7 @@
 //! | `store_binding` | which store a data directory belongs to |
 //! | `store_ops` | how a store is opened |
 //! | `store_check` | what `doctor` tells of it |
+//! | `cache_settings` | how large the base cache may become |
 //! | `catalog` | images and instances by name and id |
 //! | `images` | files into the store: import, boot mode |
 //! | `reader` | the process that reads a file for an import |
@@ -31,6 +32,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cache_settings;
 mod catalog;
 mod control;
 mod conversion;
@@ -57,6 +59,7 @@ pub use bulbil_format::{ConvertObserver, Format};
 pub use bulbil_store::StoredImage;
 pub use bulbil_vm::console::plain_text;
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
+pub use cache_settings::CacheSize;
 pub use control::{Control, HostCheck, HostReport, probe_kvm};
 pub use conversion::{ConvertRequest, convert_file, convert_worker};
 pub use data_dir::DataDir;
@@ -72,7 +75,7 @@ pub use model::{
 pub use new_file::FileSize;
 pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
 pub use store_binding::{StoreBinding, StoreChoice, open_store};
-pub use store_ops::{KeySource, StoreLocation, open_cache};
+pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.

@@ -15,12 +15,11 @@ use std::path::Path;
 use bulbil_store::{OwnerId, Store};
 use serde::{Deserialize, Serialize};
 
-use crate::data_dir::{DataDir, replace_file};
+use crate::data_dir::{DataDir, read_small_file, replace_file};
 use crate::error::{ControlError, ErrorCode};
 use crate::store_ops::{self, KeySource, OpenRequest, StoreLocation};
 
 const FORMAT_VERSION: u32 = 1;
-const MAX_BYTES: u64 = 64 << 10;
 
 /// The location of a store that lies in the data directory itself.
 const INSIDE: &str = "store";
@@ -61,7 +60,7 @@ impl StoreBinding {
     /// `Failed` when `store.json` cannot be read or understood.
     pub fn read(data_root: &Path) -> Result<Option<Self>, ControlError> {
         let path = data_root.join("store.json");
-        match read_limited(&path) {
+        match read_small_file(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::of_earlier_versions(data_root)),
             Err(e) => Err(ControlError::io(format!("cannot read `{}`", path.display()), &e)),
             Ok(bytes) => Self::parse(&bytes, data_root).map(Some).map_err(|cause| {
@@ -126,13 +125,6 @@ impl StoreBinding {
     }
 }
 
-fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
-    use io::Read as _;
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
 /// Opens the store of a data directory, which is bound to it from then on.
 ///
 /// # Errors
@@ -177,7 +169,7 @@ mod tests {
     }
 
     fn at(path: &Path) -> StoreChoice {
-        StoreChoice { location: Some(path.to_str().unwrap().parse().unwrap()), key: None }
+        StoreChoice { location: Some(StoreLocation::Directory(path.to_owned())), key: None }
     }
 
     #[test]

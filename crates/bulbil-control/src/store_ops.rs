@@ -16,7 +16,7 @@ const SETTINGS_OBJECT: &str = "bulbil-store.json";
 /// Where a store lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreLocation {
-    /// A directory of this host, absolute.
+    /// A directory of this host.
     Directory(PathBuf),
 }
 
@@ -40,38 +40,14 @@ impl FromStr for StoreLocation {
         if path.is_empty() {
             return Err("an empty text is no location of a store".to_owned());
         }
-        Ok(Self::Directory(std::path::absolute(path).map_err(|e| e.to_string())?))
-    }
-}
-
-impl serde::Serialize for StoreLocation {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for StoreLocation {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl serde::Serialize for KeySource {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for KeySource {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        Ok(Self::Directory(path.into()))
     }
 }
 
 /// Where the key of an encrypted store is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeySource {
-    /// A file, absolute.
+    /// A file.
     File(PathBuf),
     /// A program that prints it, and its arguments.
     Command(Vec<String>),
@@ -92,14 +68,76 @@ impl FromStr for KeySource {
     fn from_str(text: &str) -> Result<Self, String> {
         let usage = || format!("`{text}` is no source of a key: write file:PATH or command:PROGRAM ARGUMENTS");
         match text.split_once(':') {
-            Some(("file", path)) if !path.is_empty() => {
-                Ok(Self::File(std::path::absolute(path).map_err(|e| e.to_string())?))
-            }
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
             Some(("command", line)) if !line.trim().is_empty() => {
                 Ok(Self::Command(line.split_whitespace().map(str::to_owned).collect()))
             }
             _ => Err(usage()),
         }
+    }
+}
+
+/// Parses a location as it is typed: a relative path is one below the current directory.
+///
+/// # Errors
+/// A sentence on why it is none.
+pub fn parse_location(text: &str) -> Result<StoreLocation, String> {
+    match text.parse().map_err(|e| format!("{e}"))? {
+        StoreLocation::Directory(path) => Ok(StoreLocation::Directory(absolute(&path)?)),
+    }
+}
+
+/// Parses the source of a key as it is typed: a relative path is one below the current directory.
+///
+/// # Errors
+/// A sentence on why it is none; it does not repeat the text.
+pub fn parse_key_source(text: &str) -> Result<KeySource, String> {
+    match text.parse().map_err(|e| format!("{e}"))? {
+        KeySource::File(path) => Ok(KeySource::File(absolute(&path)?)),
+        other => Ok(other),
+    }
+}
+
+/// Locations and sources are written into command lines and JSON, so they have to be text.
+fn absolute(path: &Path) -> Result<PathBuf, String> {
+    let path = std::path::absolute(path).map_err(|e| e.to_string())?;
+    if path.to_str().is_none() { Err(format!("the path `{}` is not valid UTF-8", path.display())) } else { Ok(path) }
+}
+
+/// Values in JSON as the text they are parsed from.
+pub(crate) mod as_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(crate) fn serialize<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(
+        deserializer: D,
+    ) -> Result<T, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// The same where there may be no value.
+pub(crate) mod as_optional_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer, de::Error as _};
+
+    pub(crate) fn serialize<S: Serializer>(value: &Option<impl Display>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.as_ref().map(ToString::to_string).serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(
+        deserializer: D,
+    ) -> Result<Option<T>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse()).transpose().map_err(D::Error::custom)
     }
 }
 

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use bulbil_api::Wait;
-use bulbil_control::{Format, KeySource, PublishedPort, StoreChoice, StoreLocation};
+use bulbil_control::{
+    CacheSize, Format, KeySource, PublishedPort, StoreChoice, StoreLocation, parse_key_source, parse_location,
+};
 use bulbil_types::{ByteSize, Name, Personality};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -37,11 +39,14 @@ pub(crate) struct Global {
     #[arg(long, global = true, env = "BULBIL_DATA_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) data_dir: Option<PathBuf>,
     /// Store that the images are in: a path, file:///PATH or s3://BUCKET/PREFIX [default: in the data directory]
-    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
     pub(crate) store: Option<StoreLocation>,
     /// Key of an encrypted store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE")]
+    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE", value_parser = parse_key_source)]
     pub(crate) store_key: Option<KeySource>,
+    /// Most space that the cache of read image data takes, such as 20GiB, or unlimited; kept until it is said otherwise
+    #[arg(long, global = true, env = "BULBIL_CACHE_SIZE", value_name = "SIZE")]
+    pub(crate) cache_size: Option<CacheSize>,
     /// How results are written
     #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: OutputFormat,
@@ -233,10 +238,10 @@ pub(crate) enum ImageCommand {
     #[command(visible_alias = "ls", after_help = "Example:\n  bulbil image list --from s3://images/team")]
     List {
         /// List what this store offers
-        #[arg(long, value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+        #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
         from: Option<StoreLocation>,
         /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-        #[arg(long, value_name = "SOURCE", requires = "from")]
+        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "from")]
         from_key: Option<KeySource>,
     },
     /// Copy an image to or from another store: only what is missing there is sent
@@ -270,16 +275,16 @@ pub(crate) struct CopyArgs {
     #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) image: String,
     /// Copy it to this store, which is made if there is none
-    #[arg(long, value_name = "LOCATION", required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "LOCATION", value_parser = parse_location, required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
     pub(crate) to: Option<StoreLocation>,
     /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", conflicts_with = "from")]
+    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "from")]
     pub(crate) to_key: Option<KeySource>,
     /// Copy it from this store
-    #[arg(long, value_name = "LOCATION", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
     pub(crate) from: Option<StoreLocation>,
     /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", conflicts_with = "to")]
+    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "to")]
     pub(crate) from_key: Option<KeySource>,
     /// Name and version of the copy [default: as the image]
     #[arg(long = "as", value_name = "NAME[:VERSION]")]

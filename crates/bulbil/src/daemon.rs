@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulbil_api::{Client, ClientError};
-use bulbil_control::{Control, DataDir, StoreBinding, StoreChoice};
+use bulbil_control::{CacheSize, Control, DataDir, StoreBinding, StoreChoice};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -123,7 +123,12 @@ fn start(data: &DataDir, store: &StoreChoice, log_path: &Path) -> std::io::Resul
 }
 
 /// Runs the daemon until it is told to end.
-pub(crate) fn serve(data_root: &Path, store: &StoreChoice, detached: bool) -> CliResult<()> {
+pub(crate) fn serve(
+    data_root: &Path,
+    store: &StoreChoice,
+    cache_size: Option<CacheSize>,
+    detached: bool,
+) -> CliResult<()> {
     if detached {
         // Apart from the terminal of the command that started it; a leader already is as good.
         let _already_leader = rustix::process::setsid().is_err();
@@ -138,6 +143,7 @@ pub(crate) fn serve(data_root: &Path, store: &StoreChoice, detached: bool) -> Cl
         return Err(CliError::new(format!("a daemon runs already for `{}`", data_root.display()))
             .hint("end it first: bulbil shutdown"));
     };
+    cache_size.map_or(Ok(()), |size| size.set(&data))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|e| CliError::io("cannot start the daemon's runtime", &e))?;
     let served = runtime.block_on(serve_until_told(&data, store));

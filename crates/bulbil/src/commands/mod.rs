@@ -11,7 +11,7 @@ mod launch;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use bulbil_control::{DataDir, StoreChoice};
+use bulbil_control::{CacheSize, DataDir, StoreChoice};
 use clap::CommandFactory as _;
 
 use crate::cli::{Cli, Command, StoreCommand};
@@ -28,12 +28,12 @@ pub(crate) struct Context<'a> {
 
 /// Runs a command; the exit status is that of a command in a guest, or success.
 pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
-    let store = cli.global.store_choice();
+    let (store, cache_size) = (cli.global.store_choice(), cli.global.cache_size);
     let data_root = || cli.global.data_dir.clone().map_or_else(daemon::default_data_dir, Ok);
     match cli.command {
         Command::Serve { detached } => {
             log_to_stderr("info");
-            daemon::serve(&data_root()?, &store, detached)?;
+            daemon::serve(&data_root()?, &store, cache_size, detached)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Shim { instance } => {
@@ -66,7 +66,7 @@ pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
             log_to_stderr("warn");
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|e| CliError::io("cannot start the runtime", &e))?;
-            let result = runtime.block_on(run_client(command, data_root()?, &store, printer));
+            let result = runtime.block_on(run_client(command, data_root()?, &store, cache_size, printer));
             // A read of standard input that never ends must not keep the process.
             runtime.shutdown_background();
             result
@@ -78,6 +78,7 @@ async fn run_client(
     command: Command,
     data_root: PathBuf,
     store: &StoreChoice,
+    cache_size: Option<CacheSize>,
     printer: &Printer,
 ) -> CliResult<ExitCode> {
     if matches!(command, Command::Doctor) {
@@ -89,6 +90,7 @@ async fn run_client(
     }
     let data = DataDir::open(&data_root)?;
     let client = daemon::connect(&data, store).await?;
+    cache_size.map_or(Ok(()), |size| size.set(&data))?;
     let context = Context { data, client, printer };
     match command {
         Command::Image(command) => image::run(&context, command).await?,
