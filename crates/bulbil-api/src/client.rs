@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use bulbil_control::{
-    ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceView,
-    LaunchRequest, OfferedImages, OtherStore,
+    ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord, ImportRequest,
+    InstanceView, LaunchRequest, OfferedImages, OtherStore,
 };
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
@@ -286,6 +286,16 @@ impl Client {
     /// As every call.
     pub async fn store_usage(&self) -> Result<serde_json::Value, ClientError> {
         self.call(Method::GET, "/v1/store").await
+    }
+}
+
+impl Client {
+    /// Frees what nothing uses in the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn collect_garbage(&self, request: &GcRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/store/gc", request).await
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use bulbil_control::{
-    ControlError, CopiedImage, ExportProgress, ImageRecord, ImportProgress, InstanceView, WrittenFile,
+    ControlError, CopiedImage, ExportProgress, GcReport, ImageRecord, ImportProgress, InstanceView, WrittenFile,
 };
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,11 @@ pub enum Event {
     File {
         /// What was written.
         file: Box<WrittenFile>,
+    },
+    /// A collection has ended.
+    Collected {
+        /// What it did.
+        report: Box<GcReport>,
     },
     /// Something changed about an instance.
     Instance {

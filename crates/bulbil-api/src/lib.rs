@@ -20,6 +20,7 @@
 //! | `POST /v1/instances/{instance}/start?wait=` | starts (stream) |
 //! | `POST /v1/instances/{instance}/stop?grace_s=&force=` | stops and waits until it is |
 //! | `GET /v1/store` | what the store takes |
+//! | `POST /v1/store/gc` | frees what nothing uses (stream) |
 //! | `POST /v1/shutdown` | ends the daemon; instances go on |
 //!
 //! Errors are `{"error": {"code", "message", "causes"}}` with a matching status; `code` is an

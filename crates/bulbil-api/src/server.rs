@@ -12,8 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bulbil_control::{
-    Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, ImageRecord, ImportRequest,
-    InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore,
+    Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord,
+    ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -57,6 +57,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/instances/{instance}/start", post(start_instance))
         .route("/v1/instances/{instance}/stop", post(stop_instance))
         .route("/v1/store", get(store_usage))
+        .route("/v1/store/gc", post(collect_garbage))
         .route("/v1/shutdown", post(shutdown))
         .fallback(|| async { Failure(ControlError::new(ErrorCode::NotFound, "there is no such path in the API")) })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
@@ -318,6 +319,16 @@ async fn store_usage(State(api): State<Api>) -> Answer<serde_json::Value> {
         "manifests": usage.manifests,
         "manifest_bytes": usage.manifest_bytes,
     })))
+}
+
+async fn collect_garbage(State(api): State<Api>, Json(request): Json<GcRequest>) -> Response {
+    stream_work(
+        |()| Event::Done,
+        move |_steps| async move {
+            let report = api.control.collect_garbage(request).await?;
+            Ok(Event::Collected { report: Box::new(report) })
+        },
+    )
 }
 
 async fn shutdown(State(api): State<Api>) -> Json<Health> {

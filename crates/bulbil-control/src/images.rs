@@ -2,13 +2,12 @@
 //!
 //! The file is parsed by an image reader, a process of its own (`reader`); here its answers are stored.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulbil_format::Format;
-use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreError, StoreErrorKind};
+use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreErrorKind};
 use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
 
@@ -217,31 +216,14 @@ impl Control {
         Ok(image)
     }
 
-    /// Frees every content that no image, no instance and no export refers to: that of an image that
+    /// Frees every content that nothing refers to: that of an image that
     /// was just removed, and what an import has left that was killed before it was catalogued.
     ///
     /// The caller holds the lock on changes of images, so no import is between store and catalog.
     pub(crate) async fn drop_unused_content(&self) -> Result<(), ControlError> {
-        let no_new_use = Arc::clone(&self.image_uses).lock_owned().await;
-        let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
-        let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
-        let exported = self.contents_in_use();
-        let mut used: HashSet<_> = images.chain(instances).chain(exported).collect();
+        self.give_up_unused(false).await?;
         let store = Arc::clone(&self.store);
-        let freed = tokio::task::spawn_blocking(move || {
-            // What this store offers to others by name is theirs as well.
-            let offered = store.images()?;
-            if let Some(object) = offered.unreadable.first() {
-                return Err(StoreError::unreadable_record(object));
-            }
-            used.extend(offered.images.into_iter().map(|image| image.digest));
-            for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
-                store.remove_manifest(digest)?;
-            }
-            // Without its manifest a content cannot be launched any more, so launches may go on.
-            drop(no_new_use);
-            store.sweep()
-        });
+        let freed = tokio::task::spawn_blocking(move || store.sweep());
         let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
         freed.map(drop).map_err(|e| ControlError::store("cannot free unused space", &e))
     }

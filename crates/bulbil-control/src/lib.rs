@@ -16,6 +16,7 @@
 //! | `data_dir` | where everything lies |
 //! | `store_binding` | which store a data directory belongs to |
 //! | `store_ops` | how a store is opened |
+//! | `store_gc` | frees what nothing uses |
 //! | `store_check` | what `doctor` tells of it |
 //! | `cache_settings` | how large the base cache may become |
 //! | `catalog` | images and instances by name and id |
@@ -52,6 +53,7 @@ pub mod sandbox;
 pub mod shim;
 mod store_binding;
 mod store_check;
+mod store_gc;
 mod store_ops;
 mod target;
 
@@ -75,6 +77,7 @@ pub use model::{
 pub use new_file::FileSize;
 pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
 pub use store_binding::{StoreBinding, StoreChoice, open_store};
+pub use store_gc::{GcFate, GcPack, GcReport, GcRequest};
 pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
 

@@ -4,11 +4,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulbil_store::{DirObjects, Objects, OwnerId, Store, StoreError, StoreErrorKind, StoreOptions};
 use bulbil_volume::{BaseCache, VolumeError};
 
 use crate::data_dir::DataDir;
+use crate::store_gc::{GcReport, GcRequest};
 
 /// The object that every store has.
 const SETTINGS_OBJECT: &str = "bulbil-store.json";
@@ -209,6 +211,24 @@ fn open_objects(location: &StoreLocation) -> Result<Arc<dyn Objects>, StoreError
 fn state_directory(request: &OpenRequest<'_>) -> PathBuf {
     let of_remote = || request.state_directory.join(state_name(request.location));
     directory_of(request.location).map_or_else(of_remote, |path| path.join("index"))
+}
+
+/// Whether each request to a store crosses a network.
+pub(crate) fn is_remote(location: &StoreLocation) -> bool {
+    directory_of(location).is_none()
+}
+
+/// Collects garbage and adds to a report what became of each pack.
+pub(crate) fn collect(
+    store: &Store,
+    request: &GcRequest,
+    _grace: Duration,
+    mut report: GcReport,
+) -> Result<GcReport, StoreError> {
+    if !request.dry_run {
+        report.freed_bytes = store.sweep()?;
+    }
+    Ok(report)
 }
 
 /// Opens the base cache of a data directory.

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use crate::cli_disk::{DiskCommand, ExportArgs, InputArgs};
+use crate::cli_store::{CopyArgs, StoreCommand};
 
 /// Clone and launch operating system images in seconds, on your own machines.
 #[derive(Debug, Parser)]
@@ -173,7 +174,7 @@ pub(crate) enum Command {
         #[arg(short, long)]
         force: bool,
     },
-    /// See what the image store takes
+    /// See what the image store takes, free what is unused, find damage, change keys
     #[command(subcommand)]
     Store(StoreCommand),
     /// Check what this machine offers and what is missing
@@ -207,12 +208,6 @@ pub(crate) enum Command {
     },
     #[command(hide = true)]
     KvmProbe,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum StoreCommand {
-    /// Add up packs and manifests
-    Stats,
 }
 
 #[derive(Debug, Subcommand)]
@@ -261,34 +256,6 @@ pub(crate) enum ImageCommand {
         #[arg(required = true, value_parser = NonEmptyStringValueParser::new())]
         images: Vec<String>,
     },
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  bulbil image copy debian-12 --to s3://images/team
-  bulbil image copy debian-12 --from s3://images/team --as debian:12.1
-
-A copy that was cut off goes on where it was when it is made again.")]
-pub(crate) struct CopyArgs {
-    /// Image to copy: of this host, or with --from of that store
-    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
-    pub(crate) image: String,
-    /// Copy it to this store, which is made if there is none
-    #[arg(long, value_name = "LOCATION", value_parser = parse_location, required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
-    pub(crate) to: Option<StoreLocation>,
-    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "from")]
-    pub(crate) to_key: Option<KeySource>,
-    /// Copy it from this store
-    #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
-    pub(crate) from: Option<StoreLocation>,
-    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "to")]
-    pub(crate) from_key: Option<KeySource>,
-    /// Name and version of the copy [default: as the image]
-    #[arg(long = "as", value_name = "NAME[:VERSION]")]
-    pub(crate) name: Option<NameAndVersion>,
 }
 
 /// `NAME` or `NAME:VERSION`.

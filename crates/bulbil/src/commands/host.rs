@@ -5,12 +5,10 @@ use std::process::ExitCode;
 
 use bulbil_api::{Client, ClientError};
 use bulbil_control::{DataDir, HostCheck, HostReport, StoreChoice};
-use bulbil_types::ByteSize;
 
-use super::Context;
 use crate::daemon;
 use crate::error::{CliError, CliResult};
-use crate::output::{Printer, fields, table};
+use crate::output::{Printer, table};
 
 /// Tries KVM; the parent kills this process when it hangs.
 pub(crate) fn kvm_probe() -> CliResult<ExitCode> {
@@ -79,18 +77,4 @@ pub(crate) async fn shutdown(data_root: &Path, printer: &Printer) -> CliResult<(
         }
         Err(error) => Err(error.into()),
     }
-}
-
-pub(crate) async fn store_stats(context: &Context<'_>) -> CliResult<()> {
-    let usage = context.client.store_usage().await?;
-    context.printer.result(&usage, || {
-        let number = |name: &str| usage.get(name).and_then(serde_json::Value::as_u64).unwrap_or_default();
-        let size = |name: &str| format!("{} ({})", ByteSize(number(name)), number(name));
-        fields(&[
-            ("packs", number("packs").to_string()),
-            ("pack bytes", size("pack_bytes")),
-            ("manifests", number("manifests").to_string()),
-            ("manifest bytes", size("manifest_bytes")),
-        ])
-    })
 }

@@ -6,7 +6,7 @@ use bulbil_types::ByteSize;
 
 use super::Context;
 use super::image::{when, with_image_hint};
-use crate::cli::CopyArgs;
+use crate::cli_store::CopyArgs;
 use crate::error::{CliError, CliResult};
 use crate::output::table;
 use crate::progress;

@@ -7,6 +7,7 @@ mod image;
 mod image_copy;
 mod instance;
 mod launch;
+mod store;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use bulbil_control::{CacheSize, DataDir, StoreChoice};
 use clap::CommandFactory as _;
 
-use crate::cli::{Cli, Command, StoreCommand};
+use crate::cli::{Cli, Command};
 use crate::daemon;
 use crate::error::{CliError, CliResult};
 use crate::output::Printer;
@@ -109,7 +110,7 @@ async fn run_client(
         Command::Start { instance, wait } => launch::start(&context, &instance, wait.wait).await?,
         Command::Reboot { instance, force, wait } => launch::reboot(&context, &instance, force, wait.wait).await?,
         Command::Rm { instances, all, force } => instance::remove(&context, instances, all, force).await?,
-        Command::Store(StoreCommand::Stats) => host::store_stats(&context).await?,
+        Command::Store(command) => store::run(&context, command).await?,
         Command::Doctor
         | Command::Shutdown
         | Command::Serve { .. }
