@@ -19,6 +19,8 @@ pub enum StoreErrorKind {
     Source,
     /// The storage did not answer in time.
     Timeout,
+    /// The storage refused access, or there are no credentials to ask with.
+    Denied,
     /// The store is encrypted and its key is missing or wrong.
     Key,
     /// The caller asked to stop.

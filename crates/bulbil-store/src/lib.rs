@@ -48,7 +48,10 @@ pub use error::{StoreError, StoreErrorKind};
 pub use image_record::{StoredImage, StoredImages};
 pub use import::{DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
-pub use objects::{DirObjects, Objects};
+pub use objects::{
+    DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,
+    open_objects,
+};
 pub use pack::PackId;
 pub use published::OwnerId;
 pub use store::{Store, StoreOptions, StoreUsage};

@@ -1,10 +1,17 @@
 //! The seam to storage: objects with names, put durably, read by range.
 //!
-//! [`DirObjects`] keeps them as files; other implementations keep them behind a network.
+//! [`DirObjects`] keeps them as files, [`RemoteObjects`] in a bucket of an S3 service. A
+//! [`StoreLocation`] says which, and [`open_objects`] opens either.
 
 mod directory;
+mod location;
+mod open;
+mod remote;
 
 pub use directory::DirObjects;
+pub use location::{ParseLocationError, S3Location, StoreLocation};
+pub use open::open_objects;
+pub use remote::{RemoteObjects, RemoteOptions, RemoteStats};
 
 use crate::error::StoreError;
 
