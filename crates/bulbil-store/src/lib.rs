@@ -15,6 +15,7 @@
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `image_record` | images that a store offers by name |
 //! | `published` | how manifests are named: by content, owner and edition |
+//! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
@@ -38,6 +39,7 @@ mod matching;
 mod objects;
 mod pack;
 mod published;
+mod reads;
 mod settings;
 mod store;
 
@@ -54,4 +56,5 @@ pub use objects::{
 };
 pub use pack::PackId;
 pub use published::OwnerId;
+pub use reads::{FrameRun, PackLayout};
 pub use store::{Store, StoreOptions, StoreUsage};

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
-use crate::frame;
 use crate::index::{BlockIndex, IndexedPack};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
@@ -167,16 +166,11 @@ impl Store {
     /// `Corrupt` with the pack's and the frame's name when stored bytes do not verify; `NotFound`
     /// or `Io` when they cannot be read.
     pub fn read_frame(&self, pack: &PackRef, frame: u32) -> Result<Vec<u8>, StoreError> {
-        let footer = self.footer(pack.id, pack.len_bytes)?;
-        if footer.digest != pack.footer_digest {
-            return Err(StoreError::corrupt(format!("pack {}: not the pack that the manifest names", pack.id)));
-        }
+        let footer = self.verified_footer(pack)?;
         let record = footer.frames.get(frame as usize);
         let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
         let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
-        frame::decode(&stored, record.codec, record.blocks, &record.hash).map_err(|error| {
-            StoreError::with_source(error.kind(), format!("pack {}, frame {frame} is damaged", pack.id), error)
-        })
+        self.decode_stored(pack.id, frame, record, &stored)
     }
 
     /// The cipher of a pack's frames in caches of this host; `None` when the store is not encrypted.

@@ -13,8 +13,10 @@ mod disk;
 mod oracle;
 mod power_loss;
 mod rng;
+mod scripted;
 
 pub use disk::MemoryDisk;
 pub use oracle::{DiskOracle, tagged};
 pub use power_loss::PowerLossDirectory;
 pub use rng::Rng;
+pub use scripted::{Answer, Request, ScriptedObjects};

@@ -4,255 +4,252 @@
 //!
 //! ```text
 //! 0       8      magic "BULBBASE"
-//! 8       4      format version, 1
+//! 8       4      format version, 2
 //! 12      36     boot id of the host, as in /proc/sys/kernel/random/boot_id
-//! 4096    2048   one byte per frame: 1 when the frame is here
+//! 48      4      flags: bit 0, blocks are encrypted
+//! 4096    2048   one byte per frame: 1 when the frame is here; also what a process locks to fetch it
 //! 8192    …      frame n at 8192 + n · 128 KiB
 //! ```
 //! A frame's bytes are written before its mark, and a mark is a whole byte, so processes that fill
 //! the same file at the same time do no harm: they write the same bytes. Within one boot of the
 //! host all of them see one page cache, in order. After a reboot nothing is known of what reached
 //! the disk, so a file with another boot id is thrown away.
+//!
+//! When the files take more than the bound, those not used for longest lose their names. Who has one
+//! open reads on; each process lets go of such files within seconds (see `cache_upkeep`).
 
-use std::collections::{HashMap, HashSet};
-use std::fs::{File, OpenOptions};
+use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
-use bulbil_store::{PackId, PackRef, Store, StoreError};
-use bulbil_types::FRAME_BYTES;
+use bulbil_store::{PackRef, Store};
 
+use crate::cache_file::CacheFile;
+use crate::cache_upkeep;
 use crate::error::VolumeError;
+use crate::fetch::Fetcher;
+use crate::fetch_pool::Pool;
 
-const MAGIC: &[u8; 8] = b"BULBBASE";
-const VERSION: u32 = 1;
-const MARKS_OFFSET: u64 = 4096;
-const FRAMES_OFFSET: u64 = 8192;
-const MAX_FRAMES: usize = 2048;
+/// Open files of the cache in one process: well below the usual limit of 1024 descriptors.
+const MAX_OPEN_FILES: usize = 384;
 
-/// Decompressed frames on this host.
+/// How a base cache behaves.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CacheOptions {
+    /// The most bytes that its files may take on the disk; `None` for no bound.
+    ///
+    /// It is passed by at most a 64th of it (1 to 64 MiB) for each process that fills the cache, and by
+    /// the files that others still have open, for as long as `check_every`.
+    pub max_bytes: Option<u64>,
+    /// How often a process looks whether files it has open were evicted by others.
+    pub check_every: Duration,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self { max_bytes: None, check_every: Duration::from_secs(3) }
+    }
+}
+
+impl CacheOptions {
+    /// The defaults with a bound in bytes.
+    #[must_use]
+    pub fn bounded(max_bytes: u64) -> Self {
+        Self { max_bytes: Some(max_bytes), ..Self::default() }
+    }
+
+    /// The same with another time between two looks at the open files.
+    #[must_use]
+    pub fn check_every(self, check_every: Duration) -> Self {
+        Self { check_every, ..self }
+    }
+}
+
+/// Decompressed frames on this host, and the threads of this process that fetch them.
 #[derive(Debug)]
 pub struct BaseCache {
-    directory: PathBuf,
-    boot_id: String,
-    files: Mutex<HashMap<PackId, Arc<CacheFile>>>,
+    shared: Arc<CacheShared>,
 }
 
-/// How often frames were found and fetched, since the process began.
-#[derive(Debug, Default)]
-pub(crate) struct CacheCounters {
-    pub(crate) fetched: AtomicU64,
+/// What threads of the cache share.
+#[derive(Debug)]
+pub(crate) struct CacheShared {
+    pub(crate) directory: PathBuf,
+    pub(crate) boot_id: String,
+    pub(crate) options: CacheOptions,
+    pub(crate) handles: Mutex<HashMap<bulbil_store::PackId, Arc<PackHandle>>>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) fetcher: Fetcher,
+    pub(crate) closed: Mutex<bool>,
+    pub(crate) closing: Condvar,
+    upkeep_started: AtomicBool,
+    written_since_check: AtomicU64,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BaseCache {
+    /// Opens or creates the cache in a directory, without a bound.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn open(directory: &Path) -> Result<Self, VolumeError> {
+        Self::open_with(directory, CacheOptions::default())
+    }
+
     /// Opens or creates the cache in a directory.
+    ///
+    /// Of processes with different bounds each keeps to its own when it writes.
     ///
     /// # Errors
     /// `Io` or `NoSpace` when the directory cannot be made.
-    pub fn open(directory: &Path) -> Result<Self, VolumeError> {
+    pub fn open_with(directory: &Path, options: CacheOptions) -> Result<Self, VolumeError> {
         std::fs::create_dir_all(directory)
             .map_err(|e| VolumeError::io(format!("cannot create `{}`", directory.display()), e))?;
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
             .map_err(|e| VolumeError::io("cannot read the host's boot id", e))?;
-        Ok(Self { directory: directory.to_owned(), boot_id: boot_id.trim().to_owned(), files: Mutex::default() })
-    }
-
-    pub(crate) fn file(&self, pack: &PackRef) -> io::Result<Arc<CacheFile>> {
-        let mut files = lock(&self.files);
-        if let Some(file) = files.get(&pack.id) {
-            return Ok(Arc::clone(file));
-        }
-        let file = Arc::new(CacheFile::open(&self.directory, pack.id, &self.boot_id)?);
-        files.insert(pack.id, Arc::clone(&file));
-        Ok(file)
-    }
-}
-
-/// The frames of one pack.
-#[derive(Debug)]
-pub(crate) struct CacheFile {
-    file: File,
-    /// What is known of each frame's mark; a mark set by another process is noticed on a miss.
-    present: Vec<AtomicBool>,
-    filling: Mutex<HashSet<u32>>,
-    filled: Condvar,
-    full_disk_reported: AtomicBool,
-}
-
-impl CacheFile {
-    fn open(directory: &Path, pack: PackId, boot_id: &str) -> io::Result<Self> {
-        let path = directory.join(format!("{pack}.frames"));
-        let file = match Self::open_current(&path, boot_id)? {
-            Some(file) => file,
-            None => Self::create(directory, &path, boot_id)?,
+        let shared = CacheShared {
+            directory: directory.to_owned(),
+            boot_id: boot_id.trim().to_owned(),
+            options,
+            handles: Mutex::default(),
+            pool: Pool::new(),
+            fetcher: Fetcher::default(),
+            closed: Mutex::new(false),
+            closing: Condvar::new(),
+            upkeep_started: AtomicBool::new(false),
+            written_since_check: AtomicU64::new(0),
         };
-        let mut marks = vec![0; MAX_FRAMES];
-        file.read_exact_at(&mut marks, MARKS_OFFSET)?;
-        Ok(Self {
-            file,
-            present: marks.iter().map(|mark| AtomicBool::new(*mark == 1)).collect(),
-            filling: Mutex::default(),
-            filled: Condvar::new(),
-            full_disk_reported: AtomicBool::new(false),
-        })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
-    fn open_current(path: &Path, boot_id: &str) -> io::Result<Option<File>> {
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other?,
-        };
-        let expected = header(boot_id);
-        let mut found = vec![0; expected.len()];
-        let current = file.read_exact_at(&mut found, 0).is_ok() && found == expected;
-        if !current && let Err(error) = std::fs::remove_file(path)
-            // Another process has thrown it away at the same time.
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            return Err(error);
-        }
-        Ok(current.then_some(file))
+    /// Adds up the bytes that the cache's files take on the disk.
+    ///
+    /// # Errors
+    /// `Io` when the directory cannot be read.
+    pub fn used_bytes(&self) -> Result<u64, VolumeError> {
+        let files = cache_upkeep::list(&self.shared.directory)
+            .map_err(|e| VolumeError::io(format!("cannot list `{}`", self.shared.directory.display()), e))?;
+        Ok(files.iter().map(|file| file.bytes).sum())
     }
 
-    /// Makes the file complete under another name first; of two processes the first one's counts.
-    fn create(directory: &Path, path: &Path, boot_id: &str) -> io::Result<File> {
-        let temporary = directory.join(format!(
-            "{}.{}.{:?}.new",
-            path.file_name().unwrap_or_default().to_string_lossy(),
-            std::process::id(),
-            std::thread::current().id(),
-        ));
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&temporary)?;
-        if let Err(error) = file.write_all_at(&header(boot_id), 0).and_then(|()| file.set_len(FRAMES_OFFSET)) {
-            drop(std::fs::remove_file(&temporary));
-            return Err(error);
-        }
-        let linked = std::fs::hard_link(&temporary, path);
-        std::fs::remove_file(&temporary)?;
-        match linked {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                Self::open_current(path, boot_id)?.ok_or_else(|| io::Error::from(io::ErrorKind::AlreadyExists))
-            }
-            other => other.map(|()| file),
-        }
-    }
-
-    /// Whether a frame is here, by what this process knows.
-    pub(crate) fn has(&self, frame: u32) -> bool {
-        self.present.get(frame as usize).is_some_and(|present| present.load(Ordering::Acquire))
-    }
-
-    /// Fills `buf` from `offset` in a frame; fetches and keeps the frame when it is not here.
-    pub(crate) fn read(
-        &self,
-        store: &Store,
-        pack: &PackRef,
-        frame: u32,
-        offset: u64,
-        buf: &mut [u8],
-        counters: &CacheCounters,
-    ) -> Result<(), StoreError> {
-        if !self.has(frame) {
-            let _turn = self.wait_for_turn(frame);
-            if !self.has(frame) && !self.marked_by_another(frame) {
-                let plain = store.read_frame(pack, frame)?;
-                counters.fetched.fetch_add(1, Ordering::Relaxed);
-                self.keep(frame, &plain);
-                return copy_part(&plain, offset, buf, pack);
-            }
-        }
-        match self.file.read_exact_at(buf, frame_offset(frame) + offset) {
-            Ok(()) => Ok(()),
-            // The store still has it.
-            Err(error) => {
-                tracing::warn!(pack = %pack.id, frame, %error, "cannot read the base cache");
-                read_uncached(store, pack, frame, offset, buf)
-            }
-        }
-    }
-
-    fn marked_by_another(&self, frame: u32) -> bool {
-        let mut mark = [0];
-        let marked = self.file.read_exact_at(&mut mark, MARKS_OFFSET + u64::from(frame)).is_ok() && mark[0] == 1;
-        if marked {
-            self.present[frame as usize].store(true, Ordering::Release);
-        }
-        marked
-    }
-
-    fn keep(&self, frame: u32, plain: &[u8]) {
-        let written = self
-            .file
-            .write_all_at(plain, frame_offset(frame))
-            .and_then(|()| self.file.write_all_at(&[1], MARKS_OFFSET + u64::from(frame)));
-        match written {
-            Ok(()) => self.present[frame as usize].store(true, Ordering::Release),
-            Err(error) => {
-                if !self.full_disk_reported.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(%error, "cannot write the base cache; frames are read from the store each time");
-                }
-            }
-        }
-    }
-
-    /// Lets one thread of this process fetch a frame while the others wait for it.
-    fn wait_for_turn(&self, frame: u32) -> Turn<'_> {
-        let mut filling = lock(&self.filling);
-        while !filling.insert(frame) {
-            filling = self.filled.wait(filling).unwrap_or_else(PoisonError::into_inner);
-        }
-        Turn { cache: self, frame }
+    pub(crate) fn shared(&self) -> &Arc<CacheShared> {
+        &self.shared
     }
 }
 
-struct Turn<'a> {
-    cache: &'a CacheFile,
-    frame: u32,
-}
-
-impl Drop for Turn<'_> {
+impl Drop for BaseCache {
     fn drop(&mut self) {
-        lock(&self.cache.filling).remove(&self.frame);
-        self.cache.filled.notify_all();
+        *lock(&self.shared.closed) = true;
+        self.shared.closing.notify_all();
+        self.shared.pool.close();
     }
 }
 
-fn header(boot_id: &str) -> Vec<u8> {
-    let mut header = MAGIC.to_vec();
-    header.extend_from_slice(&VERSION.to_le_bytes());
-    header.extend_from_slice(boot_id.as_bytes());
-    header
-}
-
-fn frame_offset(frame: u32) -> u64 {
-    FRAMES_OFFSET + u64::from(frame) * FRAME_BYTES
-}
-
-/// Reads a part of a frame from the store alone, for when there is no cache to be had.
-pub(crate) fn read_uncached(
-    store: &Store,
-    pack: &PackRef,
-    frame: u32,
-    offset: u64,
-    buf: &mut [u8],
-) -> Result<(), StoreError> {
-    copy_part(&store.read_frame(pack, frame)?, offset, buf, pack)
-}
-
-fn copy_part(plain: &[u8], offset: u64, buf: &mut [u8], pack: &PackRef) -> Result<(), StoreError> {
-    let start = usize::try_from(offset).unwrap_or(usize::MAX);
-    match plain.get(start..start.saturating_add(buf.len())) {
-        Some(part) => {
-            buf.copy_from_slice(part);
-            Ok(())
+impl CacheShared {
+    /// The handle of a pack in this process.
+    pub(crate) fn handle(self: &Arc<Self>, store: &Store, pack: &PackRef) -> Arc<PackHandle> {
+        if !self.upkeep_started.swap(true, Ordering::Relaxed) {
+            cache_upkeep::start(self);
         }
-        None => Err(StoreError::outside_frame(pack.id)),
+        if store.is_remote() {
+            self.pool.allow_remote();
+        }
+        Arc::clone(lock(&self.handles).entry(pack.id).or_default())
+    }
+
+    /// The pack's file; `None` when the host cannot give one now.
+    pub(crate) fn file(&self, handle: &PackHandle, store: &Store, pack: &PackRef) -> Option<Arc<CacheFile>> {
+        if let Some(file) = handle.get() {
+            return Some(file);
+        }
+        cache_upkeep::make_room_for_descriptor(self, MAX_OPEN_FILES);
+        let mut current = handle.current.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &*current {
+            return Some(Arc::clone(file));
+        }
+        match CacheFile::open(&self.directory, pack.id, &self.boot_id, store.cache_cipher(pack.id)) {
+            Ok(file) => Some(Arc::clone(current.insert(Arc::new(file)))),
+            Err(error) => {
+                // Once for each cache: the next read would say the same.
+                if !handle.open_failure_reported.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(pack = %pack.id, %error, "cannot open the base cache; reading from the store");
+                }
+                None
+            }
+        }
+    }
+
+    /// Counts what was written; evicts when that may have passed the bound.
+    pub(crate) fn note_written(&self, bytes: u64) {
+        let Some(max_bytes) = self.options.max_bytes else { return };
+        let interval = (max_bytes / 64).clamp(1 << 20, 64 << 20);
+        let written = self.written_since_check.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if written >= interval {
+            self.written_since_check.store(0, Ordering::Relaxed);
+            cache_upkeep::evict(self, max_bytes);
+        }
+    }
+}
+
+/// What a process has of one pack in the cache: a file, or none at the moment.
+#[derive(Debug, Default)]
+pub(crate) struct PackHandle {
+    current: RwLock<Option<Arc<CacheFile>>>,
+    open_failure_reported: AtomicBool,
+}
+
+/// How a read of the cache went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CacheRead {
+    Done,
+    Absent,
+    /// The frame is there, but the host cannot read it.
+    Failed,
+}
+
+impl PackHandle {
+    pub(crate) fn get(&self) -> Option<Arc<CacheFile>> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Fills `buf` from `offset` in a frame if it is in the file.
+    pub(crate) fn read(&self, frame: u32, offset: u64, buf: &mut [u8]) -> CacheRead {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = current.as_ref().filter(|file| file.has(frame)) else { return CacheRead::Absent };
+        match file.read(frame, offset, buf) {
+            Ok(()) => CacheRead::Done,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => CacheRead::Failed,
+            Err(error) => {
+                tracing::warn!(frame, %error, "cannot read the base cache");
+                CacheRead::Failed
+            }
+        }
+    }
+
+    /// Whether a frame is in the file or in memory, by what this process knows.
+    pub(crate) fn is_near(&self, frame: u32) -> bool {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.as_ref().is_some_and(|file| file.is_near(frame))
+    }
+
+    /// Whether a frame can be read from the file, by what this process knows.
+    pub(crate) fn has(&self, frame: u32) -> bool {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.as_ref().is_some_and(|file| file.has(frame))
+    }
+
+    /// Lets go of a file; one that another thread has put in its place stays.
+    pub(crate) fn release(&self, file: &Arc<CacheFile>) {
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if current.as_ref().is_some_and(|found| Arc::ptr_eq(found, file)) {
+            *current = None;
+        }
     }
 }

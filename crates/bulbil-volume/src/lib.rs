@@ -12,7 +12,11 @@
 //! | `volume` | creates, opens, removes; routes a request to overlay or base; merges partial blocks |
 //! | `map` | two bits per block, in pages (pure) |
 //! | `overlay` | order of data, map and syncs |
-//! | `base`, `cache` | reads an image through frames that were verified once |
+//! | `base`, `image` | reads an image through frames that were verified once |
+//! | `cache`, `cache_file`, `cache_upkeep` | the cache's files, their bound |
+//! | `fetch`, `fetch_pool`, `fetch_ahead` | each missing frame once, together with its neighbours, and ahead |
+//! | `trace`, `trace_record`, `trace_replay` | what a boot touches: stored form, recording, prefetch |
+//! | `warm` | fills the cache with an image |
 //! | `storage` | the seam to files, for crash tests |
 
 #![forbid(unsafe_code)]
@@ -20,15 +24,29 @@
 
 mod base;
 mod cache;
+mod cache_file;
+mod cache_upkeep;
 mod device;
 mod error;
+mod fetch;
+mod fetch_ahead;
+mod fetch_pool;
+mod image;
 mod map;
 mod overlay;
+mod read_stats;
 mod storage;
+mod trace;
+mod trace_record;
+mod trace_replay;
 mod volume;
+mod warm;
 
-pub use cache::BaseCache;
+pub use cache::{BaseCache, CacheOptions};
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
 pub use error::{VolumeError, VolumeErrorKind};
+pub use read_stats::ReadStats;
 pub use storage::{HostDirectory, StorageDirectory, StorageFile};
+pub use trace_record::inherit_trace;
 pub use volume::{Volume, VolumeDirectory, VolumeRecord};
+pub use warm::{WarmEnd, WarmObserver, WarmReport, warm};

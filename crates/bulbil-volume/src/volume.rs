@@ -14,6 +14,7 @@ use crate::device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusE
 use crate::error::{VolumeError, VolumeErrorKind};
 use crate::map::BlockState;
 use crate::overlay::Overlay;
+use crate::read_stats::ReadStats;
 use crate::storage::{HostDirectory, StorageDirectory};
 
 const RECORD_NAME: &str = "volume.json";
@@ -122,6 +123,8 @@ impl VolumeDirectory {
         });
         let storage = Arc::new(HostDirectory::new(&directory));
         let volume = Volume::new(record.size_bytes, base.transpose()?, storage)?;
+        volume.start_prefetch();
+        volume.start_recording();
         Ok(Volume { _lock: Some(lock), ..volume })
     }
 
@@ -210,6 +213,38 @@ impl Volume {
     #[must_use]
     pub fn frames_fetched(&self) -> u64 {
         self.base.as_ref().map_or(0, Base::frames_fetched)
+    }
+
+    /// What reads of the image have cost since the volume was opened.
+    #[must_use]
+    pub fn read_stats(&self) -> ReadStats {
+        self.base.as_ref().map(Base::stats).unwrap_or_default()
+    }
+
+    /// Begins to fetch what earlier boots of the image have touched, in the background, once.
+    ///
+    /// Reads never wait for it. It ends with the volume.
+    pub fn start_prefetch(&self) {
+        if let Some(base) = &self.base {
+            base.start_prefetch();
+        }
+    }
+
+    /// Begins to record which blocks of the image are touched first.
+    pub fn start_recording(&self) {
+        if let Some(base) = &self.base {
+            base.start_recording();
+        }
+    }
+
+    /// Ends the recording, since the boot is over, and keeps it with the image. Returns whether it was
+    /// written: it is not when the image had one that was good enough.
+    ///
+    /// # Errors
+    /// `Io` when the store cannot read or write; the volume is usable all the same.
+    pub fn finish_recording(&self) -> Result<bool, VolumeError> {
+        let kept = self.base.as_ref().map_or(Ok(false), Base::finish_recording);
+        kept.map_err(|e| VolumeError::with_source(VolumeErrorKind::Io, "cannot keep the boot trace", e))
     }
 
     fn check_range(&self, offset: u64, len_bytes: u64) -> Result<(), BlockError> {
