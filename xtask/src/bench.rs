@@ -8,18 +8,21 @@
 //! | `import` | disks into the store, beside `qemu-img convert` |
 //! | `formats` | conversions between disk formats, beside `qemu-img convert` |
 //! | `launch` | clones and NBD servers, beside qemu-img, qemu-nbd and nbdkit |
+//! | `store` | the store and its volumes, beside casync, restic, borg and NBD servers |
 //! | `disks` | what is imported and served |
-//! | `process`, `fio`, `nbd` | measured commands and servers, and the load on them |
+//! | `process`, `fio`, `nbd`, `guest` | measured commands and servers, and the load on them |
 //! | `report` | best, median, ratio; table and JSON |
 
-mod disks;
+pub(crate) mod disks;
 mod fio;
 mod formats;
-mod import;
+pub(crate) mod guest;
+pub(crate) mod import;
 mod launch;
 mod nbd;
-mod process;
+pub(crate) mod process;
 mod report;
+mod store;
 
 use std::path::PathBuf;
 
@@ -54,6 +57,9 @@ pub(crate) struct Args {
     /// Write one JSON document with every value to standard output
     #[arg(long)]
     json: bool,
+    /// Of `store`, only these parts
+    #[arg(long = "part", value_name = "PART")]
+    parts: Vec<store::Part>,
     /// Measure the release binaries that are there
     #[arg(long)]
     no_build: bool,
@@ -64,6 +70,7 @@ enum Bench {
     Formats,
     Import,
     Launch,
+    Store,
 }
 
 /// A program that a measurement starts.
@@ -97,6 +104,10 @@ impl Bench {
                 "clone at 1 GiB and 1 TiB, start of a server to its first read, warm and cold reads, durable writes \
                  and the growth of an overlay, beside qemu-img, qemu-nbd and nbdkit"
             }
+            Self::Store => {
+                "disks of a server, updated in place and made anew, into one store, beside qemu-img, casync, restic and borg: \
+                 space, time, CPU"
+            }
         }
     }
 
@@ -108,10 +119,21 @@ impl Bench {
             needed("mke2fs", "e2fsprogs"),
             optional("fio", "fio", "loads: reads, writes, growth"),
             optional("nbdkit", "nbdkit", "a second server to compare with"),
+            optional("qemu-storage-daemon", "qemu-system-common", "a third server to compare with"),
+        ];
+        const STORE: &[Tool] = &[
+            needed("qemu-img", "qemu-utils"),
+            needed("mke2fs", "e2fsprogs"),
+            needed("mmdebstrap", "mmdebstrap"),
+            needed("rsync", "rsync"),
+            optional("casync", "casync", "casync beside the store"),
+            optional("restic", "restic", "restic beside the store"),
+            optional("borg", "borgbackup", "borg beside the store"),
         ];
         match self {
             Self::Formats | Self::Import => IMPORT,
             Self::Launch => LAUNCH,
+            Self::Store => STORE,
         }
     }
 
@@ -120,19 +142,20 @@ impl Bench {
             Self::Formats => "formats",
             Self::Import => "import",
             Self::Launch => "launch",
+            Self::Store => "store",
         }
     }
 }
 
 /// What a measurement works with.
 #[derive(Debug)]
-struct Bed {
+pub(crate) struct Bed {
     /// Made anew for each measurement and removed after it.
-    work: PathBuf,
+    pub(crate) work: PathBuf,
     /// The `bulbil` binary.
     bulbil: PathBuf,
     /// The `bench_volume` example.
-    bench_volume: PathBuf,
+    pub(crate) bench_volume: PathBuf,
     rounds: u32,
     seconds: f64,
 }
@@ -158,6 +181,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Bench::Formats => formats::run(&bed, &mut report),
             Bench::Import => import::run(&bed, &mut report),
             Bench::Launch => launch::run(&bed, &mut report),
+            Bench::Store => store::run(&bed, &args.parts, &mut report),
         };
         std::fs::remove_dir_all(&bed.work).with_context(|| format!("cannot remove {}", bed.work.display()))?;
         measured?;
@@ -168,13 +192,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 impl Bed {
     fn new(bench: Bench, args: &Args) -> Result<Self> {
+        let bed = Self::at(bench_dir().join(bench.name()))?;
+        Ok(Self { rounds: args.rounds, seconds: args.seconds, ..bed })
+    }
+
+    /// The release binaries and a directory to work in.
+    pub(crate) fn at(work: PathBuf) -> Result<Self> {
         let root = workspace_root();
         let bed = Self {
-            work: bench_dir().join(bench.name()),
+            work,
             bulbil: root.join("target/release/bulbil"),
             bench_volume: root.join("target/release/examples/bench_volume"),
-            rounds: args.rounds,
-            seconds: args.seconds,
+            rounds: 1,
+            seconds: 1.0,
         };
         for program in [&bed.bulbil, &bed.bench_volume] {
             if !program.is_file() {
@@ -191,7 +221,7 @@ fn bench_dir() -> PathBuf {
 }
 
 /// One command for both packages: with one set of features, nothing is compiled twice.
-fn build() -> Result<()> {
+pub(crate) fn build() -> Result<()> {
     let packages = ["--package", "bulbil", "--package", "bulbil-control"];
     let targets = ["--bin", "bulbil", "--example", "bench_volume"];
     cargo().args(["build", "--locked", "--release"]).args(packages).args(targets).run()

@@ -8,6 +8,7 @@
 //! tidy         rules about the workspace that no compiler checks
 //! quickstart   setup → release build → guest-image → import, launch, exec
 //! bench        measurements
+//! soak         a guest writes and verifies while its disks' servers are disturbed
 //! ```
 
 mod bench;
@@ -17,6 +18,7 @@ mod packages;
 mod quickstart;
 mod run;
 mod setup;
+mod soak;
 mod tidy;
 
 use std::process::ExitCode;
@@ -54,6 +56,8 @@ enum Task {
     Quickstart(quickstart::Args),
     /// Measure Bulbil against other programs
     Bench(bench::Args),
+    /// Let a guest write and verify for long while its disks' servers are disturbed
+    Soak(soak::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Quickstart(args) => quickstart::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Soak(args) => soak::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

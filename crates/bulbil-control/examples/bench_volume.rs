@@ -3,6 +3,7 @@
 //! ```text
 //! bench_volume create DATA_DIR DIGEST SIZE_BYTES             make a volume, print its id
 //! bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N     make N and print the microseconds of each
+//! bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N        open N, print the bytes of memory of each
 //! bench_volume serve DATA_DIR VOLUME SOCKET                  serve one over NBD until standard input is closed
 //! ```
 //! A volume is made and opened as a launch does it: from the image's manifest, durable.
@@ -17,10 +18,11 @@ use bulbil_control::{DataDir, StoreChoice, open_cache, open_store};
 use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_store::{Digest, Store};
 use bulbil_types::VolumeId;
-use bulbil_volume::VolumeDirectory;
+use bulbil_volume::{BlockDevice as _, VolumeDirectory};
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
+       bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N
        bench_volume serve DATA_DIR VOLUME SOCKET";
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -38,6 +40,10 @@ fn main() -> Result<(), Box<dyn Error>> {
                 volumes.create(&digest, size_bytes)?;
                 writeln!(io::stdout(), "{}", start.elapsed().as_micros())?;
             }
+        }
+        ["open-many", data, digest, size_bytes, count] => {
+            let each = Volumes::open(data)?.open_many(&digest.parse()?, size_bytes.parse()?, count.parse()?)?;
+            writeln!(io::stdout(), "{each}")?;
         }
         ["serve", data, volume, socket] => Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket))?,
         _ => return Err(USAGE.into()),
@@ -67,6 +73,23 @@ impl Volumes {
         Ok(id)
     }
 
+    /// Memory that each of `count` open volumes takes, when each was read from once.
+    fn open_many(&self, digest: &Digest, size_bytes: u64, count: u64) -> Result<u64, Box<dyn Error>> {
+        let cache = Arc::new(open_cache(&self.data)?);
+        let open = || -> Result<_, Box<dyn Error>> {
+            let volume = self.directory.open_volume(&self.create(digest, size_bytes)?, &self.store, &cache)?;
+            volume.read_at(&mut [0; 4096], 0)?;
+            Ok(volume)
+        };
+        // The first brings what all share.
+        let mut volumes = vec![open()?];
+        let before = own_memory_bytes()?;
+        for _ in 0..count {
+            volumes.push(open()?);
+        }
+        Ok(own_memory_bytes()?.saturating_sub(before) / count.max(1))
+    }
+
     fn serve(&self, id: &VolumeId, socket: &Path) -> Result<(), Box<dyn Error>> {
         let cache = Arc::new(open_cache(&self.data)?);
         let device = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
@@ -76,4 +99,10 @@ impl Volumes {
         server.shutdown();
         Ok(())
     }
+}
+
+fn own_memory_bytes() -> Result<u64, Box<dyn Error>> {
+    let text = std::fs::read_to_string("/proc/self/status")?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse().ok());
+    kib.map(|kib: u64| kib * 1024).ok_or_else(|| "the kernel does not tell the memory of a process".into())
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulbil_store::Digest;
+use bulbil_store::{Digest, PackFate};
 use bulbil_types::VolumeId;
 use bulbil_volume::VolumeErrorKind;
 use serde::{Deserialize, Serialize};
@@ -78,6 +78,57 @@ pub enum GcFate {
     Kept,
 }
 
+impl GcReport {
+    /// Adds what one cycle of a collection did; of a pack that several cycles looked at, the last word counts.
+    pub(crate) fn add_cycle(&mut self, cycle: &bulbil_store::GcReport) {
+        for pack in &cycle.packs {
+            let told = GcPack::new(pack, self.dry_run, self.grace_s);
+            match self.packs.iter_mut().find(|known| known.pack == told.pack) {
+                Some(known) => *known = told,
+                None => self.packs.push(told),
+            }
+        }
+        let sum = |fates: &[GcFate]| -> (u64, u64) {
+            let found = self.packs.iter().filter(|pack| fates.contains(&pack.fate));
+            found.fold((0, 0), |(packs, bytes), pack| (packs + 1, bytes + pack.bytes))
+        };
+        let now: &[GcFate] = if self.dry_run && self.grace_s == 0 {
+            // A collection without grace goes on until they are gone.
+            &[GcFate::Deleted, GcFate::Condemned]
+        } else {
+            &[GcFate::Deleted]
+        };
+        let deleted = sum(now);
+        self.later_bytes = if now.len() == 2 { 0 } else { sum(&[GcFate::Condemned]).1 };
+        (self.deleted_packs, self.freed_bytes) = deleted;
+    }
+}
+
+impl GcPack {
+    fn new(pack: &bulbil_store::PackReport, dry_run: bool, grace_s: u64) -> Self {
+        let (fate, reason) = match &pack.fate {
+            PackFate::Deleted => (GcFate::Deleted, "no image uses it".to_owned()),
+            PackFate::Condemned if dry_run && grace_s == 0 => (GcFate::Condemned, "no image uses it".to_owned()),
+            PackFate::Condemned => {
+                (GcFate::Condemned, "no image uses it any more; it goes after its time of grace".to_owned())
+            }
+            PackFate::Grace { until_ms } => {
+                (GcFate::Condemned, format!("no image uses it; it stays until {}", when(*until_ms)))
+            }
+            PackFate::Leased { purpose, .. } => (GcFate::Kept, format!("somebody at work may use it ({purpose})")),
+            PackFate::NotAsked => (GcFate::Kept, "not looked for".to_owned()),
+            PackFate::Named => (GcFate::Kept, "an image uses it again".to_owned()),
+        };
+        Self { pack: pack.id.to_string(), bytes: pack.len_bytes, fate, reason }
+    }
+}
+
+/// A point in time, to the second.
+fn when(unix_ms: u64) -> String {
+    let second = i64::try_from(unix_ms / 1000).ok().and_then(|s| jiff::Timestamp::from_second(s).ok());
+    second.map_or_else(|| "a time that cannot be told".to_owned(), |at| at.to_string())
+}
+
 impl Control {
     /// Frees what nothing uses. Runs beside imports, copies and launches.
     ///
@@ -85,7 +136,7 @@ impl Control {
     /// `Failed` when the catalog, a volume's record or a manifest cannot be read, and then nothing is deleted;
     /// `Timeout`, `StoreKey`.
     pub async fn collect_garbage(&self, request: GcRequest) -> Result<GcReport, ControlError> {
-        let default_grace = if store_ops::is_remote(&self.binding.location) { REMOTE_GRACE } else { Duration::ZERO };
+        let default_grace = if self.binding.location.is_remote() { REMOTE_GRACE } else { Duration::ZERO };
         let grace = request.grace_s.map_or(default_grace, Duration::from_secs);
         let mut report = GcReport { dry_run: request.dry_run, grace_s: grace.as_secs(), ..GcReport::default() };
         // Between the store and the catalog a content belongs to nobody, so it is not the time to ask who needs it.

@@ -6,45 +6,19 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulbil_store::{DirObjects, Objects, OwnerId, Store, StoreError, StoreErrorKind, StoreOptions};
-use bulbil_volume::{BaseCache, VolumeError};
+pub use bulbil_store::StoreLocation;
+use bulbil_store::{
+    GcOptions, Objects, OwnerId, PackFate, RemoteOptions, Store, StoreError, StoreErrorKind, StoreOptions,
+};
+use bulbil_volume::{BaseCache, CacheOptions};
 
+use crate::cache_settings::CacheSize;
 use crate::data_dir::DataDir;
+use crate::error::{ControlError, ErrorCode};
 use crate::store_gc::{GcReport, GcRequest};
 
 /// The object that every store has.
 const SETTINGS_OBJECT: &str = "bulbil-store.json";
-
-/// Where a store lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StoreLocation {
-    /// A directory of this host.
-    Directory(PathBuf),
-}
-
-impl fmt::Display for StoreLocation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Directory(path) => f.pad(&path.to_string_lossy()),
-        }
-    }
-}
-
-impl FromStr for StoreLocation {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let path = match text.split_once("://") {
-            Some(("file", path)) if path.starts_with('/') => path,
-            Some(_) => return Err(format!("`{text}` is no location of a store: write a path or file:///PATH")),
-            None => text,
-        };
-        if path.is_empty() {
-            return Err("an empty text is no location of a store".to_owned());
-        }
-        Ok(Self::Directory(path.into()))
-    }
-}
 
 /// Where the key of an encrypted store is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +60,7 @@ impl FromStr for KeySource {
 pub fn parse_location(text: &str) -> Result<StoreLocation, String> {
     match text.parse().map_err(|e| format!("{e}"))? {
         StoreLocation::Directory(path) => Ok(StoreLocation::Directory(absolute(&path)?)),
+        other => Ok(other),
     }
 }
 
@@ -147,6 +122,7 @@ pub(crate) mod as_optional_text {
 pub(crate) fn directory_of(location: &StoreLocation) -> Option<&Path> {
     match location {
         StoreLocation::Directory(path) => Some(path),
+        StoreLocation::S3(_) => None,
     }
 }
 
@@ -166,6 +142,12 @@ fn state_name(location: &StoreLocation) -> String {
         .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     format!("{}-{hash:016x}", readable.take(40).collect::<String>())
 }
+
+/// Packs of which less than this share is in use are written anew.
+const REPACK_BELOW_PERCENT: u8 = 50;
+
+/// Cycles of one collection without grace: one condemns, the next deletes; more when others collect meanwhile.
+const MAX_CYCLES: u32 = 4;
 
 /// How a store is opened.
 #[derive(Debug)]
@@ -202,9 +184,7 @@ pub(crate) fn exists(location: &StoreLocation) -> Result<bool, StoreError> {
 }
 
 fn open_objects(location: &StoreLocation) -> Result<Arc<dyn Objects>, StoreError> {
-    match location {
-        StoreLocation::Directory(path) => Ok(Arc::new(DirObjects::open(path)?)),
-    }
+    bulbil_store::open_objects(location, &RemoteOptions::from_process_environment())
 }
 
 /// A directory's index and lock lie in it, so that all who import into it share them.
@@ -213,20 +193,27 @@ fn state_directory(request: &OpenRequest<'_>) -> PathBuf {
     directory_of(request.location).map_or_else(of_remote, |path| path.join("index"))
 }
 
-/// Whether each request to a store crosses a network.
-pub(crate) fn is_remote(location: &StoreLocation) -> bool {
-    directory_of(location).is_none()
-}
-
 /// Collects garbage and adds to a report what became of each pack.
+///
+/// Without a time of grace what is found unused goes at once, which takes more than one cycle.
 pub(crate) fn collect(
     store: &Store,
     request: &GcRequest,
-    _grace: Duration,
+    grace: Duration,
     mut report: GcReport,
 ) -> Result<GcReport, StoreError> {
-    if !request.dry_run {
-        report.freed_bytes = store.sweep()?;
+    let options = GcOptions {
+        grace,
+        dry_run: request.dry_run,
+        repack_below_percent: if request.repack { REPACK_BELOW_PERCENT } else { 0 },
+    };
+    for _ in 0..MAX_CYCLES {
+        let cycle = store.collect(&options)?;
+        let condemned = cycle.packs.iter().any(|pack| pack.fate == PackFate::Condemned);
+        report.add_cycle(&cycle);
+        if request.dry_run || !grace.is_zero() || !(condemned || cycle.overtaken) {
+            break;
+        }
     }
     Ok(report)
 }
@@ -234,7 +221,10 @@ pub(crate) fn collect(
 /// Opens the base cache of a data directory.
 ///
 /// # Errors
-/// As [`BaseCache::open`].
-pub fn open_cache(data: &DataDir) -> Result<BaseCache, VolumeError> {
-    BaseCache::open(&data.cache())
+/// `Failed` when its directory or its settings cannot be used.
+pub fn open_cache(data: &DataDir) -> Result<BaseCache, ControlError> {
+    let CacheSize(max_bytes) = CacheSize::read(data.root())?;
+    let options = max_bytes.map_or_else(CacheOptions::default, CacheOptions::bounded);
+    BaseCache::open_with(&data.cache(), options)
+        .map_err(|e| ControlError::with_source(ErrorCode::Failed, "cannot open the base cache", &e))
 }

@@ -25,6 +25,15 @@ pub enum AttachmentKind {
 }
 
 impl AttachmentKind {
+    pub(crate) const ALL: [Self; 2] = [Self::BootTrace, Self::Leaves];
+
+    /// The content to which an attachment object of a known kind belongs.
+    pub(crate) fn digest_of(object_name: &str) -> Option<Digest> {
+        let (kind, hex) = object_name.strip_prefix("attachments/")?.split_once('/')?;
+        Self::ALL.iter().find(|known| known.as_str() == kind)?;
+        format!("sha256:{hex}").parse().ok()
+    }
+
     fn as_str(self) -> &'static str {
         match self {
             Self::BootTrace => "boot-trace",

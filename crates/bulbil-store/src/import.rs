@@ -11,7 +11,9 @@
 //!
 //! The manifest is put last, when every pack is durable: before that moment an import is not
 //! there, after it it is complete. Packs that a killed import leaves behind are found by the next
-//! one, which then does not store their blocks again, or are freed by a sweep.
+//! one, which then does not store their blocks again, or are freed by a collection.
+//!
+//! An import holds a lease, so that no collection takes what it refers to.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -25,6 +27,7 @@ use crate::digest::{Digest, DigestBuilder, window_leaf};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::frame::{self, EncodedFrame};
 use crate::index::{BlockIndex, IndexedPack};
+use crate::lease::WriteLease;
 use crate::manifest::{Extent, Manifest, PackRef};
 use crate::matching::{KnownBlocks, Location, Placement, place_window};
 use crate::pack::{BlockHash, FinishedPack, Footer, PackBuilder, PackId};
@@ -83,8 +86,8 @@ pub struct ImportReport {
 /// What an import is to do beyond the usual.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ImportOptions {
-    /// Leaves what an import that fails has stored, so that the next one need not store it again; a sweep
-    /// frees it when none comes. Otherwise the packs are taken back.
+    /// Leaves what an import that fails has stored, so that the next one need not store it again; a
+    /// collection frees it when none comes. Otherwise the packs are taken back.
     pub keep_on_failure: bool,
     /// The content that the disk must turn out to have; another one is not published.
     pub expected_digest: Option<Digest>,
@@ -130,8 +133,11 @@ impl Store {
     ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let report = import_with(self, source, observer, workers, options);
+        let (report, leftover) = import_with(self, source, observer, workers, options);
         drop(lock);
+        if report.is_ok() || !options.keep_on_failure {
+            self.free_leftover(leftover);
+        }
         report
     }
 }
@@ -146,7 +152,12 @@ fn import_with(
     observer: &dyn ImportObserver,
     workers: usize,
     options: &ImportOptions,
-) -> Result<ImportReport, StoreError> {
+) -> (Result<ImportReport, StoreError>, Vec<PackId>) {
+    // Before anything that is stored is looked at.
+    let lease = match WriteLease::begin(store, "import") {
+        Ok(lease) => lease,
+        Err(error) => return (Err(error), Vec::new()),
+    };
     let queue = Queue::default();
     let (results, inbox) = mpsc::channel();
     let (pack_sender, pack_receiver) = mpsc::sync_channel::<(u32, FinishedPack)>(PACKS_AHEAD);
@@ -168,22 +179,15 @@ fn import_with(
         });
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
-        let mut import = Import::new(store, source, observer, &queue, &inbox, pack_sender)?;
-        let end_failed =
-            |import: &mut Import<'_>| if options.keep_on_failure { import.leave() } else { import.discard() };
-        if let Err(error) = import.run(workers * SCANS_PER_WORKER) {
-            end_failed(&mut import);
-            return Err(error);
-        }
-        let outcome = import.publish(options.expected_digest);
-        match &outcome {
-            Ok(report) if !report.existed => import.keep(),
-            // Putting the manifest failed, but perhaps only after it was visible: then its packs stay.
-            Err(_) if import.is_published() => import.keep(),
-            Err(_) => end_failed(&mut import),
-            Ok(_) => import.discard(),
-        }
-        outcome
+        let mut import = match Import::new(store, lease, source, observer, &queue, &inbox, pack_sender) {
+            Ok(import) => import,
+            Err(error) => return (Err(error), Vec::new()),
+        };
+        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish(options.expected_digest));
+        let is_new = matches!(&outcome, Ok(report) if !report.existed);
+        let leftover = if is_new { Vec::new() } else { import.leftover() };
+        import.close_index();
+        (outcome, leftover)
     })
 }
 
@@ -389,6 +393,9 @@ impl KnownBlocks for Known<'_> {
 
     fn is_at(&mut self, hash: &BlockHash, location: Location) -> Result<bool, StoreError> {
         let block = location.block as usize;
+        if self.index.is_skipped(location.pack) {
+            return Ok(false);
+        }
         if let Some(blocks) = self.pending_packs.get(&location.pack) {
             return Ok(blocks.get(block) == Some(hash));
         }
@@ -426,6 +433,7 @@ struct OpenPack {
 }
 
 struct Import<'a> {
+    lease: WriteLease,
     observer: &'a dyn ImportObserver,
     queue: &'a Queue,
     inbox: &'a Receiver<Outcome>,
@@ -434,14 +442,13 @@ struct Import<'a> {
     known: Known<'a>,
     scans: BTreeMap<u64, Scanned>,
     digest: Option<DigestBuilder>,
-    published: Option<Digest>,
     extents: Vec<Extent>,
     previous: Option<Location>,
     frame_bytes: Vec<u8>,
     frame_hashes: Vec<BlockHash>,
     open: Option<OpenPack>,
     packs_in_flight: usize,
-    new_packs: Vec<(u32, IndexedPack)>,
+    new_packs: Vec<PackId>,
     total_bytes: u64,
     done_bytes: u64,
     new_blocks: u64,
@@ -451,15 +458,17 @@ struct Import<'a> {
 impl<'a> Import<'a> {
     fn new(
         store: &'a Store,
+        lease: WriteLease,
         source: &'a dyn DiskSource,
         observer: &'a dyn ImportObserver,
         queue: &'a Queue,
         inbox: &'a Receiver<Outcome>,
         packs: mpsc::SyncSender<(u32, FinishedPack)>,
     ) -> Result<Self, StoreError> {
-        let mut index = store.open_index()?;
+        let mut index = store.open_index(lease.unusable())?;
         index.begin_changes()?;
         Ok(Self {
+            lease,
             observer,
             queue,
             inbox,
@@ -468,7 +477,6 @@ impl<'a> Import<'a> {
             known: Known { store, index, pending: HashMap::new(), pending_packs: HashMap::new(), last_footer: None },
             scans: BTreeMap::new(),
             digest: Some(DigestBuilder::new(source.size_bytes())),
-            published: None,
             extents: Vec::new(),
             previous: None,
             frame_bytes: Vec::with_capacity(FRAME_LEN),
@@ -516,6 +524,7 @@ impl<'a> Import<'a> {
         if self.observer.is_cancelled() {
             return Err(StoreError::new(StoreErrorKind::Cancelled, "the import was cancelled"));
         }
+        self.lease.check()?;
         match self.inbox.recv().expect("workers outlive the coordinator") {
             Outcome::Scan { sequence, scanned } => {
                 self.scans.insert(sequence, scanned?);
@@ -531,18 +540,18 @@ impl<'a> Import<'a> {
             }
             Outcome::Pack { number, len_bytes, footer, put } => {
                 self.packs_in_flight -= 1;
+                // First of all: whatever fails from here on, the pack may be there and is to be freed then.
+                let id = self.known.index.packs()[number as usize].id;
+                self.new_packs.push(id);
                 put?;
-                self.pack_is_durable(number, len_bytes, footer)?;
+                self.pack_is_durable(number, len_bytes, &footer)?;
             }
         }
         Ok(())
     }
 
-    fn pack_is_durable(&mut self, number: u32, len_bytes: u64, footer: Footer) -> Result<(), StoreError> {
+    fn pack_is_durable(&mut self, number: u32, len_bytes: u64, footer: &Footer) -> Result<(), StoreError> {
         self.stored_bytes += len_bytes;
-        // First of all: whatever fails from here on, the pack is there to be taken back.
-        let id = self.known.index.packs()[number as usize].id;
-        self.new_packs.push((number, IndexedPack { id, len_bytes }));
         for (hash, block) in footer.blocks.iter().zip(0..) {
             let at = Location { pack: number, block };
             self.known.index.insert(hash, at)?;
@@ -684,15 +693,9 @@ impl<'a> Import<'a> {
         if let Some(expected) = expected_digest.filter(|expected| *expected != digest) {
             return Err(source_error(format!("its content is {digest}, not {expected}").into()));
         }
-        self.published = Some(digest);
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
-        let mut published = self.known.store.publish(&manifest)?;
-        if !published && self.known.store.manifest(&digest).is_err_and(|e| e.kind() == StoreErrorKind::Corrupt) {
-            // What is there cannot be read by anybody; this one can.
-            self.known.store.remove_manifest(&digest)?;
-            published = self.known.store.publish(&manifest)?;
-        }
+        let published = self.known.store.publish(&mut self.lease, &manifest)?;
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,
@@ -726,52 +729,27 @@ impl<'a> Import<'a> {
         Manifest::new(size_bytes, digest, packs, extents)
     }
 
-    /// Whether the store shows the content that this import has tried to publish.
-    fn is_published(&self) -> bool {
-        // One that cannot be read counts as shown: its packs must not go on a guess.
-        self.published.is_some_and(|digest| {
-            !matches!(self.known.store.manifest(&digest), Err(error) if error.kind() == StoreErrorKind::NotFound)
-        })
-    }
-
     /// Closes the index; one that cannot be closed is rebuilt by the next import.
-    fn keep(&mut self) {
+    fn close_index(&mut self) {
         if let Err(error) = self.known.index.end_changes() {
             tracing::warn!(%error, "cannot close the index; it will be rebuilt");
         }
     }
 
-    /// Waits for the packs that are on their way and leaves all that were stored; the unclean index is
-    /// rebuilt by the next import, which so knows their blocks.
-    fn leave(&mut self) {
+    /// The packs that were put by an import that failed or brought nothing new, when all have arrived.
+    fn leftover(&mut self) -> Vec<PackId> {
         self.packs = None;
         while self.packs_in_flight > 0 {
             match self.inbox.recv() {
-                Ok(Outcome::Pack { number, len_bytes, put: Ok(()), .. }) => {
+                Ok(Outcome::Pack { number, .. }) => {
                     self.packs_in_flight -= 1;
-                    let id = self.known.index.packs()[number as usize].id;
-                    self.new_packs.push((number, IndexedPack { id, len_bytes }));
+                    self.new_packs.push(self.known.index.packs()[number as usize].id);
                 }
-                Ok(Outcome::Pack { put: Err(_), .. }) => self.packs_in_flight -= 1,
                 Ok(_) => {}
                 Err(_) => break,
             }
         }
-    }
-
-    /// Takes back the packs of an import that failed or brought nothing new.
-    ///
-    /// Best effort: what stays behind is unreferenced, and the unclean index is rebuilt.
-    fn discard(&mut self) {
-        self.leave();
-        if self.new_packs.is_empty() && self.open.is_none() {
-            return self.keep();
-        }
-        for (_, pack) in &self.new_packs {
-            if let Err(error) = self.known.store.objects.delete(&pack.id.object_name()) {
-                tracing::warn!(pack = %pack.id, %error, "cannot delete the pack of a failed import");
-            }
-        }
+        std::mem::take(&mut self.new_packs)
     }
 }
 

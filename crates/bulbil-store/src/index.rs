@@ -12,7 +12,7 @@
 //! after the full hash was compared with the pack's footer. The file doubles when a page is full.
 //! While an import runs the file is marked as not clean; one that is found so is rebuilt.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -50,6 +50,8 @@ pub(crate) struct BlockIndex {
     entries: u64,
     clean: bool,
     packs: Vec<IndexedPack>,
+    /// Numbers of packs that are gone or must not be referred to; never stored.
+    skipped: HashSet<u32>,
     kept: HashMap<u64, KeptPage>,
 }
 
@@ -98,7 +100,8 @@ impl BlockIndex {
         });
         let entries = u64::from_le_bytes(header[16..24].try_into().expect("8 bytes"));
         let (directory, packs) = (directory.to_owned(), packs.collect());
-        Some(Self { directory, file, page_bits, entries, clean: true, packs, kept: HashMap::new() })
+        let (skipped, kept) = (HashSet::new(), HashMap::new());
+        Some(Self { directory, file, page_bits, entries, clean: true, packs, skipped, kept })
     }
 
     fn create(directory: &Path, page_bits: u32, packs: Vec<IndexedPack>) -> Result<Self, StoreError> {
@@ -106,8 +109,8 @@ impl BlockIndex {
         let fail = |e| StoreError::io(format!("cannot create the index `{}`", path.display()), e);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).map_err(fail)?;
         file.set_len(((1 << page_bits) + 1) * PAGE_BYTES as u64).map_err(fail)?;
-        let (directory, kept) = (directory.to_owned(), HashMap::new());
-        let index = Self { directory, file, page_bits, entries: 0, clean: false, packs, kept };
+        let (directory, skipped, kept) = (directory.to_owned(), HashSet::new(), HashMap::new());
+        let index = Self { directory, file, page_bits, entries: 0, clean: false, packs, skipped, kept };
         index.write_header()?;
         std::fs::rename(&path, index.directory.join("blocks")).map_err(fail)?;
         Ok(index)
@@ -176,7 +179,19 @@ impl BlockIndex {
     /// The places where a block with this hash may be stored: usually none or one.
     pub(crate) fn candidates(&mut self, hash: &BlockHash) -> Result<Vec<Location>, StoreError> {
         let page = self.page(self.page_of(hash))?;
-        Ok(entries(&page.bytes).filter(|entry| entry[..8] == hash[..8]).map(location).collect())
+        let mut found: Vec<_> = entries(&page.bytes).filter(|e| e[..8] == hash[..8]).map(location).collect();
+        found.retain(|at| !self.skipped.contains(&at.pack));
+        Ok(found)
+    }
+
+    /// Passes over these packs from now on: [`candidates`](Self::candidates) does not name them.
+    pub(crate) fn skip_packs(&mut self, numbers: HashSet<u32>) {
+        self.skipped = numbers;
+    }
+
+    /// Whether a pack is passed over.
+    pub(crate) fn is_skipped(&self, pack: u32) -> bool {
+        self.skipped.contains(&pack)
     }
 
     /// Adds an entry.
@@ -214,6 +229,7 @@ impl BlockIndex {
             larger.write_page(number * 2 + 1, &high)?;
         }
         larger.entries = self.entries;
+        larger.skipped = std::mem::take(&mut self.skipped);
         *self = larger;
         Ok(())
     }

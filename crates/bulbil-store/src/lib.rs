@@ -12,6 +12,9 @@
 //! | `matching` | which blocks of a window are referenced and which are stored (pure) |
 //! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
+//! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
+//! | `marking`, `gc` | which packs are in use, and how the others go |
+//! | `scrub` | reads everything again, quarantines what is damaged |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `image_record` | images that a store offers by name |
 //! | `published` | how manifests are named: by content, owner and edition |
@@ -28,25 +31,35 @@
 
 mod attachment;
 mod cipher;
+mod clock;
 mod digest;
 mod error;
 mod frame;
+mod gc;
 mod image_record;
 mod import;
 mod index;
+mod lease;
 mod manifest;
+mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod process;
+mod publish;
 mod published;
 mod reads;
+mod scrub;
+mod sealed;
 mod settings;
 mod store;
 
 pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
+pub use clock::{Clock, SystemClock};
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
+pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
 pub use image_record::{StoredImage, StoredImages};
 pub use import::{DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};

@@ -69,9 +69,26 @@ impl PackId {
     }
 
     pub(crate) fn from_object_name(name: &str) -> Option<Self> {
-        let hex = name.rsplit('/').next()?.strip_suffix(".pack")?;
+        Self::from_hex(name.rsplit('/').next()?.strip_suffix(".pack")?)
+    }
+
+    /// Reads the 32 hexadecimal digits of an id.
+    pub(crate) fn from_hex(hex: &str) -> Option<Self> {
         let value = (hex.len() == 32).then(|| u128::from_str_radix(hex, 16).ok())??;
         Some(Self(value.to_be_bytes()))
+    }
+}
+
+impl serde::Serialize for PackId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for PackId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::from_hex(&text).ok_or_else(|| serde::de::Error::custom("not the id of a pack"))
     }
 }
 

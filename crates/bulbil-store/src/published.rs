@@ -30,6 +30,23 @@ impl OwnerId {
             .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
         Ok(Self(u64::from_le_bytes(bytes)))
     }
+
+    /// The lower half: a random number where the id is one.
+    pub(crate) fn low_bits(self) -> u32 {
+        u32::try_from(self.0 & u64::from(u32::MAX)).expect("masked")
+    }
+}
+
+impl serde::Serialize for OwnerId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for OwnerId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 impl fmt::Display for OwnerId {

@@ -103,7 +103,8 @@ impl Store {
         let missing = || StoreError::corrupt(format!("pack {}: frame {frame} is not in what was read", run.pack));
         let record = run.footer.frames.get(frame as usize).filter(|_| run.frames.contains(&frame));
         let record = record.ok_or_else(missing)?;
-        let start = record.offset.checked_sub(run.offset).and_then(|at| usize::try_from(at).ok()).ok_or_else(missing)?;
+        let start =
+            record.offset.checked_sub(run.offset).and_then(|at| usize::try_from(at).ok()).ok_or_else(missing)?;
         let stored = run.stored.get(start..start.saturating_add(record.stored_bytes as usize)).ok_or_else(missing)?;
         self.decode_stored(run.pack, frame, record, stored)
     }

@@ -5,17 +5,22 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use crate::clock::{Clock, SystemClock};
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::index::{BlockIndex, IndexedPack};
-use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, PackRef};
+use crate::manifest::{Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
 use crate::pack::{self, Footer, PackId};
+use crate::publish::Stored;
 use crate::published::{self, OwnerId, Published};
 use crate::settings::Settings;
 
 /// Footers kept in memory: each is 6 KiB of frame records for a usual pack, and 64 KiB of block hashes.
 const FOOTERS_KEPT: usize = 256;
+
+/// A manifest that is replaced while it is looked for is looked for again, so often.
+const READ_ATTEMPTS: u32 = 100;
 
 /// What is to be known beside where the objects are.
 #[derive(Debug, Clone)]
@@ -41,14 +46,15 @@ pub struct StoreUsage {
 
 /// An open image store.
 ///
-/// Reading needs no lock and may happen in many processes at once. Imports and
-/// [`sweep`](Store::sweep) exclude each other, also between processes.
+/// Reading needs no lock and may happen in many processes at once. Imports of one host exclude each
+/// other, also between processes; [collections](Store::collect) run beside them.
 #[derive(Debug)]
 pub struct Store {
     pub(crate) objects: Arc<dyn Objects>,
     pub(crate) index_directory: PathBuf,
     pub(crate) owner: OwnerId,
     pub(crate) block_hash_key: [u8; 32],
+    pub(crate) clock: Arc<dyn Clock>,
     footers: Mutex<FooterCache>,
 }
 
@@ -102,8 +108,16 @@ impl Store {
             index_directory: options.state_directory,
             owner: options.owner,
             block_hash_key: settings.block_hash_key,
+            clock: Arc::new(SystemClock),
             footers: Mutex::default(),
         })
+    }
+
+    /// Takes the time of day from another clock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
     }
 
     /// Reads the manifest of a disk's content: the newest of this owner, or else anybody's.
@@ -111,27 +125,30 @@ impl Store {
     /// # Errors
     /// `NotFound` when the store does not hold it; `Corrupt`.
     pub fn manifest(&self, digest: &Digest) -> Result<Manifest, StoreError> {
-        let published = self.published(digest)?;
-        let best = published.iter().max_by_key(|p| (p.owner == Some(self.owner), p.owner.is_some(), p.edition));
-        let best = best.ok_or_else(|| {
-            StoreError::new(StoreErrorKind::NotFound, format!("the store has no manifest of {digest}"))
-        })?;
-        self.read_manifest(best)
-    }
-
-    /// Reads one manifest.
-    pub(crate) fn read_manifest(&self, published: &Published) -> Result<Manifest, StoreError> {
-        let bytes = self.objects.get(&published.object_name(), MAX_MANIFEST_BYTES)?;
-        let manifest = Manifest::parse(&bytes)?;
-        let digest = published.digest;
-        if manifest.digest() != digest {
-            return Err(StoreError::corrupt(format!("the manifest stored for {digest} is of {}", manifest.digest())));
+        for _ in 0..READ_ATTEMPTS {
+            let mut published = self.published(digest)?;
+            published.sort_unstable_by_key(|p| (p.owner == Some(self.owner), p.owner.is_some(), p.edition));
+            let (mut damaged, mut replaced) = (None, false);
+            for published in published.iter().rev() {
+                match self.stored_manifest(published)? {
+                    Stored::Manifest(manifest) => return Ok(manifest),
+                    Stored::Void => {}
+                    Stored::Gone => replaced = true,
+                    Stored::Damaged(error) => damaged = damaged.or(Some(error)),
+                }
+            }
+            match damaged {
+                Some(error) => return Err(error),
+                // One that had gone when it was to be read has perhaps made room for a newer one.
+                None if replaced => {}
+                None => break,
+            }
         }
-        Ok(manifest)
+        Err(StoreError::new(StoreErrorKind::NotFound, format!("the store has no manifest of {digest}")))
     }
 
     /// Lists the manifests of a content, of all owners, in no order.
-    fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
+    pub(crate) fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
         let mut found: Vec<_> = self.objects.list(&published::directory(digest))?;
         let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
         if !found.iter().any(own) {
@@ -179,47 +196,6 @@ impl Store {
         None
     }
 
-    /// Gives a content up: deletes this owner's manifests of it, so that [`sweep`](Self::sweep) may free
-    /// its blocks when no other owner has one.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn remove_manifest(&self, digest: &Digest) -> Result<(), StoreError> {
-        for published in self.published(digest)? {
-            if published.owner.is_none_or(|owner| owner == self.owner) {
-                self.objects.delete(&published.object_name())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Deletes every pack that no manifest refers to and returns the bytes freed.
-    ///
-    /// Volumes read through manifests, so a manifest must stay while a volume uses it.
-    ///
-    /// # Errors
-    /// `Corrupt` when a manifest cannot be read, and then nothing is deleted; `Io`. A running import
-    /// is waited for.
-    pub fn sweep(&self) -> Result<u64, StoreError> {
-        let lock = self.lock_for_changes()?;
-        let mut live = HashSet::new();
-        for published in self.all_published()? {
-            live.extend(self.read_manifest(&published)?.packs().iter().map(|pack| pack.id));
-        }
-        let mut freed_bytes = 0;
-        let mut index = BlockIndex::open(&self.index_directory)?;
-        for (name, len_bytes) in self.objects.list("packs")? {
-            if PackId::from_object_name(&name).is_some_and(|id| !live.contains(&id)) {
-                // Unclean before the first deletion: entries of deleted packs must not survive a crash.
-                index.begin_changes()?;
-                self.objects.delete(&name)?;
-                freed_bytes += len_bytes;
-            }
-        }
-        drop(lock);
-        Ok(freed_bytes)
-    }
-
     /// Adds up what the store takes.
     ///
     /// # Errors
@@ -235,16 +211,6 @@ impl Store {
             usage.manifest_bytes += len_bytes;
         }
         Ok(usage)
-    }
-
-    /// Puts a manifest of this owner; `false` when it has one for this content already.
-    pub(crate) fn publish(&self, manifest: &Manifest) -> Result<bool, StoreError> {
-        let digest = manifest.digest();
-        if self.published(&digest)?.iter().any(|p| p.owner.is_none_or(|owner| owner == self.owner)) {
-            return Ok(false);
-        }
-        let published = Published { digest, owner: Some(self.owner), edition: 0 };
-        self.objects.put_if_absent(&published.object_name(), &manifest.encode()?)
     }
 
     pub(crate) fn footer(&self, id: PackId, pack_bytes: u64) -> Result<Arc<Footer>, StoreError> {
@@ -269,7 +235,7 @@ impl Store {
         Ok(footer)
     }
 
-    /// Takes the lock that imports and sweeps hold.
+    /// Takes the lock on the index, which imports of this host hold.
     pub(crate) fn lock_for_changes(&self) -> Result<File, StoreError> {
         let path = self.index_directory.join("lock");
         let lock = || {
@@ -282,32 +248,35 @@ impl Store {
         Ok(file)
     }
 
-    /// Opens the index and brings it up to date with the packs that are there.
+    /// Opens the index and brings it up to date with the packs that are there; those in `unusable` are
+    /// passed over.
     ///
     /// The caller holds the lock.
-    pub(crate) fn open_index(&self) -> Result<BlockIndex, StoreError> {
-        let stored: HashMap<PackId, u64> = self
-            .objects
-            .list("packs")?
-            .into_iter()
-            .filter_map(|(name, len_bytes)| Some((PackId::from_object_name(&name)?, len_bytes)))
-            .collect();
+    pub(crate) fn open_index(&self, unusable: &HashSet<PackId>) -> Result<BlockIndex, StoreError> {
+        let stored: HashMap<PackId, u64> = self.list_packs()?.into_iter().collect();
         let mut index = BlockIndex::open(&self.index_directory)?;
-        if index.packs().iter().any(|pack| !stored.contains_key(&pack.id)) {
+        let gone = index.packs().iter().filter(|pack| !stored.contains_key(&pack.id)).count();
+        // Entries of packs that are gone are passed over; when they are the most, they go.
+        if gone > index.packs().len() / 2 {
             index.clear()?;
         }
         let numbered = index.numbers();
-        let missing: Vec<_> = stored.into_iter().filter(|(id, _)| !numbered.contains_key(id)).collect();
+        let missing = |id: &PackId| !numbered.contains_key(id) && !unusable.contains(id);
+        let missing: Vec<_> = stored.iter().filter(|(id, _)| missing(id)).collect();
         if !missing.is_empty() {
             index.begin_changes()?;
         }
         for (id, len_bytes) in missing {
-            match self.footer(id, len_bytes) {
-                Ok(footer) => index_pack(&mut index, IndexedPack { id, len_bytes }, &footer)?,
+            match self.footer(*id, *len_bytes) {
+                Ok(footer) => index_pack(&mut index, IndexedPack { id: *id, len_bytes: *len_bytes }, &footer)?,
                 // Not usable for matching; reading it will report the damage to whom it concerns.
                 Err(error) => tracing::warn!(pack = %id, %error, "a pack's footer cannot be read"),
             }
         }
+        let skipped = index.packs().iter().zip(0..);
+        let skipped = skipped.filter(|(pack, _)| !stored.contains_key(&pack.id) || unusable.contains(&pack.id));
+        let skipped = skipped.map(|(_, number)| number).collect();
+        index.skip_packs(skipped);
         Ok(index)
     }
 }

@@ -187,7 +187,8 @@ impl Base {
         let changed = match loaded {
             Ok(manifest) if manifest != old.manifest => {
                 tracing::info!(image = %self.digest, "the image has moved to other packs");
-                let image = Image::new(Arc::clone(&old.store), Arc::clone(&old.cache), manifest, Arc::clone(&self.counters));
+                let image =
+                    Image::new(Arc::clone(&old.store), Arc::clone(&old.cache), manifest, Arc::clone(&self.counters));
                 *self.image.write().unwrap_or_else(PoisonError::into_inner) = image;
                 true
             }

@@ -185,7 +185,8 @@ fn a_volume_goes_on_when_its_image_moves_to_other_packs() {
         std::fs::copy(other_dir.path().join("store").join(name), to(name)).unwrap();
     }
     let directory = format!("manifests/{}", manifest.digest().to_hex());
-    let edition = |directory: &std::path::Path, number: u32| directory.join(format!("0000000000000000-{number:08x}.manifest"));
+    let edition =
+        |directory: &std::path::Path, number: u32| directory.join(format!("0000000000000000-{number:08x}.manifest"));
     std::fs::copy(edition(&other_dir.path().join("store").join(&directory), 0), edition(&to(&directory), 1)).unwrap();
     let stop = AtomicBool::new(false);
     let reads = AtomicUsize::new(0);
@@ -237,7 +238,8 @@ fn warming_fetches_everything_once_in_large_reads_and_can_be_interrupted() {
     let image = noise(8, 200);
     let manifest = host.import(&image);
     let cache = host.cache();
-    let stopped = warm(&host.store, &cache, &manifest, &StopAfter { frames: Some(20), ..StopAfter::default() }).unwrap();
+    let stopped =
+        warm(&host.store, &cache, &manifest, &StopAfter { frames: Some(20), ..StopAfter::default() }).unwrap();
     assert_eq!(stopped.end, WarmEnd::Cancelled);
     assert!((20..200).contains(&stopped.fetched_frames), "{stopped:?}");
     let rest = warm(&host.store, &cache, &manifest, &StopAfter::default()).unwrap();

@@ -110,8 +110,7 @@ fn a_process_that_dies_while_it_fetches_holds_nobody_up() {
     let cache = host.cache();
     let volume = host.volume(&manifest, &cache);
     for seed in 0..8 {
-        let args =
-            ChildArgs { directory: dir.path(), digest: manifest.digest(), seed, max_bytes: 0, reads: 1_000_000 };
+        let args = ChildArgs { directory: dir.path(), digest: manifest.digest(), seed, max_bytes: 0, reads: 1_000_000 };
         let mut child = start(&args);
         let before = logged_bytes(dir.path());
         wait_until("it fetches", || logged_bytes(dir.path()) > before || host_is_warm(&volume, &image));

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::bench_dir;
 use super::process::fresh_directory;
 use crate::images::{Image, Profile, build};
-use crate::run::{Cmd, say};
+use crate::run::{Cmd, say, workspace_root};
 
 /// Data on the large disk: enough that starting and ending a measurement does not count.
 const LARGE_DATA_BYTES: u64 = 1200 << 20;
@@ -40,6 +40,18 @@ pub(crate) fn large() -> Result<PathBuf> {
 /// The same of twice the size, for conversions.
 pub(crate) fn huge() -> Result<PathBuf> {
     made_of_files("huge.raw", 2 * LARGE_DATA_BYTES)
+}
+
+/// Disks of a server, to be stored in this order; built once and kept.
+pub(crate) fn servers() -> Result<[(&'static str, PathBuf); 4]> {
+    let dir = bench_dir().join("disks");
+    Cmd::new(workspace_root().join("images/build-server-disks.sh")).args([&dir]).run()?;
+    Ok([
+        ("1. a server", dir.join("server.raw")),
+        ("2. updated in place", dir.join("server-updated.raw")),
+        ("3. the updated one made anew", dir.join("server-remade.raw")),
+        ("4. the first one made anew", dir.join("server-again.raw")),
+    ])
 }
 
 fn made_of_files(name: &str, data_bytes: u64) -> Result<PathBuf> {

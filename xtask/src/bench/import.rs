@@ -126,7 +126,15 @@ impl<'a> DataDir<'a> {
         Ok((cost, digest.to_owned()))
     }
 
-    fn store_bytes(&self) -> Result<u64> {
+    /// Runs a command of Bulbil in this data directory and returns its JSON document.
+    pub(crate) fn bulbil_json(&self, words: &[&str]) -> Result<serde_json::Value> {
+        let mut command = Command::new(&self.bed.bulbil);
+        command.arg("--data-dir").arg(&self.path).args(["-o", "json"]).args(words);
+        let text = timed_output(&mut command)?.1;
+        serde_json::from_str(&text).with_context(|| format!("bulbil wrote no JSON: {text}"))
+    }
+
+    pub(crate) fn store_bytes(&self) -> Result<u64> {
         let store = self.path.join("store");
         if store.exists() { disk_usage_bytes(&store) } else { Ok(0) }
     }

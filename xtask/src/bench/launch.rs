@@ -1,8 +1,9 @@
-//! From an image to a disk that answers, beside qemu-img, qemu-nbd and nbdkit.
+//! From an image to a disk that answers, beside qemu-img, qemu-nbd, qemu-storage-daemon and nbdkit.
 //!
 //! Bulbil's volumes are served by `bench_volume` (crates/bulbil-control/examples), which opens
 //! store, cache, volume and NBD server as the process beside a virtual machine does. QEMU has a
-//! qcow2 overlay over the raw disk; nbdkit has the raw disk itself, with nothing between.
+//! qcow2 overlay over the raw disk; nbdkit, qemu-nbd and qemu-storage-daemon have the raw disk itself as well,
+//! with nothing between.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,6 +21,8 @@ const BULBIL: &str = "bulbil";
 const QEMU_OVERLAY: &str = "qemu-nbd overlay";
 const QEMU_ZSTD: &str = "qemu-nbd qcow2-zstd";
 const NBDKIT: &str = "nbdkit raw";
+const QEMU_RAW: &str = "qemu-nbd raw";
+const STORAGE_DAEMON: &str = "qemu-storage-daemon raw";
 
 /// Clones, and starts of a server: each takes milliseconds and varies much.
 const CLONES: u32 = 20;
@@ -72,7 +75,6 @@ struct Scene<'a> {
     huge: Image,
     /// The dense disk as compressed qcow2.
     dense_zstd: PathBuf,
-    has_nbdkit: bool,
 }
 
 impl<'a> Scene<'a> {
@@ -96,7 +98,7 @@ impl<'a> Scene<'a> {
         let huge = import(huge_disk, "huge", "1 TiB")?;
         drop(daemon);
         disks::warm_up(&dense.disk)?;
-        Ok(Self { bed, data, dense, small, huge, dense_zstd, has_nbdkit: find_program("nbdkit").is_some() })
+        Ok(Self { bed, data, dense, small, huge, dense_zstd })
     }
 
     fn bench_volume(&self, command: &str) -> Command {
@@ -158,10 +160,19 @@ impl<'a> Scene<'a> {
         (command, socket)
     }
 
-    fn qemu_server(&self, disk: &Path) -> (Command, PathBuf) {
-        let socket = self.socket("qemu");
+    fn qemu_server(&self, disk: &Path, format: &str) -> (Command, PathBuf) {
+        let socket = self.socket(&format!("qemu-{format}"));
         let mut command = Command::new("qemu-nbd");
-        command.args(["-t", "-e", "16", "-f", "qcow2", "-k"]).args([&socket, disk]);
+        command.args(["-t", "-e", "16", "-f", format, "-k"]).args([&socket, disk]);
+        (command, socket)
+    }
+
+    fn storage_daemon(&self, disk: &Path) -> (Command, PathBuf) {
+        let socket = self.socket("storage-daemon");
+        let mut command = Command::new("qemu-storage-daemon");
+        command.arg("--blockdev").arg(format!("file,node-name=disk,filename={}", disk.display()));
+        command.arg("--nbd-server").arg(format!("addr.type=unix,addr.path={},max-connections=16", socket.display()));
+        command.args(["--export", "nbd,id=export,node-name=disk,name=,writable=on"]);
         (command, socket)
     }
 
@@ -172,24 +183,33 @@ impl<'a> Scene<'a> {
         (command, socket)
     }
 
-    /// Servers of the dense disk: a new volume, a new overlay, and the raw disk where `nbdkit_disk` says so.
-    fn servers(&self, nbdkit_disk: Option<&Path>) -> Result<Vec<Contestant>> {
+    /// Servers of the dense disk: a new volume, a new overlay, and what `raw_disk` gives to those that serve files.
+    fn servers(&self, raw_disk: impl Fn(&str) -> Result<Option<PathBuf>>) -> Result<Vec<Contestant>> {
         let (_, volume) = self.clone_volume(&self.dense)?;
         let (_, overlay) = self.clone_overlay(&self.dense, &format!("{volume}.qcow2"))?;
         let volume_files = self.data.path().join("volumes").join(&volume);
         let mut contestants = vec![
             Contestant::new(BULBIL, self.bulbil_server(&volume), &volume_files),
-            Contestant::new(QEMU_OVERLAY, self.qemu_server(&overlay), &overlay),
+            Contestant::new(QEMU_OVERLAY, self.qemu_server(&overlay, "qcow2"), &overlay),
         ];
-        if let Some(disk) = nbdkit_disk.filter(|_| self.has_nbdkit) {
-            contestants.push(Contestant::new(NBDKIT, self.nbdkit_server(disk), disk));
+        for (name, program) in [(NBDKIT, "nbdkit"), (QEMU_RAW, "qemu-nbd"), (STORAGE_DAEMON, "qemu-storage-daemon")] {
+            if find_program(program).is_none() {
+                continue;
+            }
+            let Some(disk) = raw_disk(program)? else { continue };
+            let command = match name {
+                NBDKIT => self.nbdkit_server(&disk),
+                QEMU_RAW => self.qemu_server(&disk, "raw"),
+                _ => self.storage_daemon(&disk),
+            };
+            contestants.push(Contestant::new(name, command, &disk));
         }
         Ok(contestants)
     }
 
     /// From the start of a server to its first block, and the same on one that runs.
     fn first_reads(&self, report: &mut Report) -> Result<()> {
-        let mut contestants = self.servers(Some(&self.dense.disk))?;
+        let mut contestants = self.servers(|_| Ok(Some(self.dense.disk.clone())))?;
         // Every server answers from memory, as it does once an image is in use.
         for contestant in &mut contestants {
             nbd::read_first_block(contestant.start()?.connect()?)?;
@@ -227,7 +247,7 @@ impl<'a> Scene<'a> {
     }
 
     fn warm_reads(&self, report: &mut Report) -> Result<()> {
-        let mut contestants = self.servers(Some(&self.dense.disk))?;
+        let mut contestants = self.servers(|_| Ok(Some(self.dense.disk.clone())))?;
         let servers = contestants.iter_mut().map(Contestant::start).collect::<Result<Vec<_>>>()?;
         say("launch: warm reads: reading everything once");
         for server in &servers {
@@ -268,7 +288,7 @@ impl<'a> Scene<'a> {
                 std::fs::remove_dir_all(&cache).with_context(|| format!("cannot remove {}", cache.display()))?;
             }
             for (name, (mut command, socket)) in
-                [(BULBIL, self.bulbil_server(&volume)), (QEMU_ZSTD, self.qemu_server(&self.dense_zstd))]
+                [(BULBIL, self.bulbil_server(&volume)), (QEMU_ZSTD, self.qemu_server(&self.dense_zstd, "qcow2"))]
             {
                 let server = Server::start_and_wait(&mut command, &socket)?;
                 let outcome = fio::run(&server, &load)?;
@@ -283,7 +303,6 @@ impl<'a> Scene<'a> {
 
     /// A flush after every write: on blocks that are the image's until then, and on the overlay's own.
     fn durable_writes(&self, round: u32, report: &mut Report) -> Result<()> {
-        let scratch = self.scratch_disk(round)?;
         let write =
             |range_bytes: u64| Load { flush_every: 1, range_bytes, seed: round, ..self.load("randwrite", "4k", 1) };
         let everywhere = write(self.load("randwrite", "4k", 1).range_bytes);
@@ -293,7 +312,7 @@ impl<'a> Scene<'a> {
             flush_every: 8,
             ..self.load("write", "256k", 4)
         };
-        for contestant in &mut self.servers(Some(&scratch))? {
+        for contestant in &mut self.servers(|program| self.scratch_disk(program, round).map(Some))? {
             let server = contestant.start()?;
             let first = fio::run(&server, &everywhere)?;
             fio::run(&server, &own)?;
@@ -307,9 +326,9 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// A raw disk for nbdkit to write to: empty, as large as the dense one.
-    fn scratch_disk(&self, round: u32) -> Result<PathBuf> {
-        let path = self.bed.work.join(format!("scratch-{round}.raw"));
+    /// A raw disk for a program to write to: empty, as large as the dense one.
+    fn scratch_disk(&self, program: &str, round: u32) -> Result<PathBuf> {
+        let path = self.bed.work.join(format!("scratch-{program}-{round}.raw"));
         let file = std::fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
         file.set_len(self.dense.size_bytes).with_context(|| format!("cannot make {} larger", path.display()))?;
         Ok(path)
@@ -322,7 +341,7 @@ impl<'a> Scene<'a> {
             seed: round,
             ..self.load("randwrite", "4k", 32)
         };
-        for contestant in &mut self.servers(None)? {
+        for contestant in &mut self.servers(|_| Ok(None))? {
             let before_bytes = disk_usage_bytes(&contestant.files)?;
             let server = contestant.start()?;
             fio::run(&server, &load)?;

@@ -1,5 +1,6 @@
 //! Processes that are measured: what they take, and that they end.
 
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -73,19 +74,46 @@ impl Server {
         Ok(server)
     }
 
+    /// Starts a server and waits until its socket is there, for servers that take one connection in all.
+    pub(crate) fn start_and_listen(command: &mut Command, socket: &Path) -> Result<Self> {
+        let mut server = Self::start(command, socket)?;
+        while !socket.exists() {
+            server.check_start()?;
+            std::thread::sleep(START_POLL);
+        }
+        Ok(server)
+    }
+
     /// Connects, as soon as the server listens.
     pub(crate) fn connect(&mut self) -> Result<UnixStream> {
         loop {
             if let Ok(stream) = UnixStream::connect(&self.socket) {
                 return Ok(stream);
             }
-            let ended = self.child.try_wait().context("cannot wait for a server")?;
-            if ended.is_some() || self.started.elapsed() > START_LIMIT {
-                let log = std::fs::read_to_string(log_path(&self.socket)).unwrap_or_default();
-                bail!("no server on {}: {}", self.socket.display(), log.trim_end());
-            }
+            self.check_start()?;
             std::thread::sleep(START_POLL);
         }
+    }
+
+    fn check_start(&mut self) -> Result<()> {
+        let ended = self.child.try_wait().context("cannot wait for a server")?;
+        if ended.is_some() || self.started.elapsed() > START_LIMIT {
+            let log = std::fs::read_to_string(log_path(&self.socket)).unwrap_or_default();
+            bail!("no server on {}: {}", self.socket.display(), log.trim_end());
+        }
+        Ok(())
+    }
+
+    /// Kills the server and waits until it is gone.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("cannot kill a server")?;
+        self.child.wait().context("cannot wait for a server").map(drop)
+    }
+
+    /// Sends a line to the server's standard input.
+    pub(crate) fn send(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("a server without standard input")?;
+        writeln!(stdin, "{line}").and_then(|()| stdin.flush()).context("cannot write to a server")
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -134,6 +162,15 @@ fn cpu_s_in(stat: &str, field: usize) -> Option<f64> {
     let (_, after_name) = stat.rsplit_once(") ")?;
     let ticks = after_name.split_ascii_whitespace().skip(field).take(2).map(|word| word.parse::<f64>().ok());
     ticks.sum::<Option<f64>>().map(|ticks| ticks / TICKS_PER_SECOND)
+}
+
+/// Memory of a process that it shares with no other and that is no file's.
+pub(crate) fn memory_bytes(pid: u64) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kib.with_context(|| format!("{path} does not look as expected"))? * 1024)
 }
 
 /// Bytes a file, or everything below a directory, takes on the disk.

@@ -34,7 +34,7 @@ impl ServedDisk {
     /// Opens the volume and serves it on the instance's socket.
     pub(super) fn open(data: &DataDir, record: &InstanceRecord) -> Result<Self, ControlError> {
         let (store, _) = open_store(data, &StoreChoice::default())?;
-        let cache = open_cache(data).map_err(|e| failed("cannot open the base cache")(&e))?;
+        let cache = open_cache(data)?;
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
         let volume = volumes
             .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))

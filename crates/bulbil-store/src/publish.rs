@@ -1,0 +1,150 @@
+//! Manifests come and go: put under a lease, found by content, given up by their owner.
+
+use std::collections::HashSet;
+
+use crate::digest::Digest;
+use crate::error::{StoreError, StoreErrorKind};
+use crate::lease::{Void, WriteLease};
+use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
+use crate::pack::PackId;
+use crate::published::{OwnerId, Published};
+use crate::store::Store;
+
+/// What lies under the name of a manifest.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    Manifest(Manifest),
+    /// The name was voided: nothing was published under it and nothing will be.
+    Void,
+    /// It is not there any more.
+    Gone,
+    /// It cannot be read.
+    Damaged(StoreError),
+}
+
+impl Store {
+    /// Reads what lies under the name of a manifest.
+    ///
+    /// # Errors
+    /// `Io`, `Timeout`, `UnsupportedVersion`: what would be different at another time or with another program.
+    pub(crate) fn stored_manifest(&self, published: &Published) -> Result<Stored, StoreError> {
+        let parsed = self.objects.get(&published.object_name(), MAX_MANIFEST_BYTES).and_then(|bytes| {
+            if Void::is(&bytes) {
+                return Ok(Stored::Void);
+            }
+            let manifest = Manifest::parse(&bytes)?;
+            if manifest.digest() != published.digest {
+                let text = format!("the manifest stored for {} is of {}", published.digest, manifest.digest());
+                return Err(StoreError::corrupt(text));
+            }
+            Ok(Stored::Manifest(manifest))
+        });
+        match parsed {
+            Err(e) if e.kind() == StoreErrorKind::NotFound => Ok(Stored::Gone),
+            Err(e) if e.kind() == StoreErrorKind::Corrupt => {
+                let text = format!("object `{}` is damaged", published.object_name());
+                Ok(Stored::Damaged(StoreError::with_source(StoreErrorKind::Corrupt, text, e)))
+            }
+            other => other,
+        }
+    }
+
+    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on.
+    ///
+    /// When it fails, the manifest may be there nevertheless; the lease sees to it that its packs are
+    /// protected as long as that is not known.
+    ///
+    /// # Errors
+    /// `Timeout` when the lease was ended meanwhile; `Io`, `NoSpace`, `Corrupt`.
+    pub(crate) fn publish(&self, lease: &mut WriteLease, manifest: &Manifest) -> Result<bool, StoreError> {
+        let digest = manifest.digest();
+        let mut stored = self.published(&digest)?;
+        stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
+        let mut useless = Vec::new();
+        for published in &stored {
+            match self.stored_manifest(published)? {
+                Stored::Manifest(found) if self.has_packs_of(&found)? => return Ok(false),
+                Stored::Void | Stored::Gone => {}
+                Stored::Manifest(_) | Stored::Damaged(_) => useless.push(published.object_name()),
+            }
+        }
+        let published = Published { digest, owner: Some(self.owner), edition: next_edition(&stored)? };
+        let name = published.object_name();
+        lease.announce(vec![name.clone()])?;
+        if !self.put_announced(lease, &name, &manifest.encode()?)? {
+            return match self.stored_manifest(&published)? {
+                Stored::Manifest(_) => Ok(false),
+                _ => Err(StoreError::new(StoreErrorKind::Timeout, "another process publishes this content; try again")),
+            };
+        }
+        for name in useless {
+            tracing::warn!(name, "a manifest that was of no use is replaced");
+            self.objects.delete(&name)?;
+        }
+        Ok(true)
+    }
+
+    /// Puts a manifest under an announced name; `false` when something else is there.
+    ///
+    /// # Errors
+    /// As `Objects::put_if_absent`.
+    pub(crate) fn put_announced(&self, lease: &mut WriteLease, name: &str, bytes: &[u8]) -> Result<bool, StoreError> {
+        let error = match self.objects.put_if_absent(name, bytes) {
+            Ok(put) => return Ok(put),
+            Err(error) => error,
+        };
+        let nothing_there = lease.void(name).unwrap_or(true);
+        if !nothing_there && self.objects.is_remote() && self.objects.get(name, MAX_MANIFEST_BYTES)? == bytes {
+            // Only the answer was lost. In a directory it may be there and not durable.
+            return Ok(true);
+        }
+        Err(error)
+    }
+
+    /// Whether every pack of a manifest is there.
+    fn has_packs_of(&self, manifest: &Manifest) -> Result<bool, StoreError> {
+        if manifest.packs().is_empty() {
+            return Ok(true);
+        }
+        let stored: HashSet<_> = self.list_packs()?.into_iter().map(|(id, _)| id).collect();
+        Ok(manifest.packs().iter().all(|pack| stored.contains(&pack.id)))
+    }
+
+    /// Lists every pack with the size of its object.
+    pub(crate) fn list_packs(&self) -> Result<Vec<(PackId, u64)>, StoreError> {
+        let listed = self.objects.list("packs")?;
+        Ok(listed.iter().filter_map(|(name, len)| Some((PackId::from_object_name(name)?, *len))).collect())
+    }
+
+    /// Gives a content up: deletes this owner's manifests of it, so that a [collection](Self::collect) may
+    /// free its blocks when no other owner has one.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn remove_manifest(&self, digest: &Digest) -> Result<(), StoreError> {
+        let mut mine = self.published(digest)?;
+        mine.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
+        // The newest last: an older one is no mark for collections, so it must never be the only one.
+        mine.sort_unstable_by_key(|p| (p.owner.is_some(), p.edition));
+        for published in mine {
+            if !matches!(self.stored_manifest(&published)?, Stored::Void | Stored::Gone) {
+                self.objects.delete(&published.object_name())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The edition of a new manifest of an owner who has these. A first one is random: a request that was
+/// long under way must not meet a name that is used again.
+fn next_edition(stored: &[Published]) -> Result<u32, StoreError> {
+    let newest = stored.iter().filter(|p| p.owner.is_some()).map(|p| p.edition).max();
+    let too_many = || StoreError::corrupt("the manifests of a content have no number left");
+    match newest {
+        Some(edition) => edition.checked_add(1).ok_or_else(too_many),
+        None => {
+            let random = OwnerId::random()?.low_bits();
+            Ok(random >> 1)
+        }
+    }
+}

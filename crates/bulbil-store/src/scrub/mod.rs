@@ -1,0 +1,2 @@
+//! Scrub.
+pub(crate) mod quarantine;

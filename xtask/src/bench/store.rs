@@ -1,0 +1,36 @@
+//! The store and its volumes, beside what others use for the same.
+//!
+//! | module | what it measures |
+//! |---|---|
+//! | `images` | four disks one after another into one store: space, time, CPU |
+//! | `guest` | a volume inside a guest, by vhost-user-blk and by NBD |
+//! | `memory` | idle volumes, and what runs beside a machine |
+
+mod guest;
+mod images;
+mod memory;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use super::Bed;
+use super::report::Report;
+
+/// A part that can be measured alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    Images,
+    Guest,
+    Memory,
+}
+
+pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> {
+    for part in if parts.is_empty() { Part::value_variants() } else { parts } {
+        match part {
+            Part::Images => images::run(bed, report)?,
+            Part::Guest => guest::run(bed, report)?,
+            Part::Memory => memory::run(bed, report)?,
+        }
+    }
+    Ok(())
+}
