@@ -14,6 +14,7 @@
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
+//! | `repack`, `relocate` | moves blocks in use out of packs that go |
 //! | `scrub` | reads everything again, quarantines what is damaged |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
@@ -37,14 +38,18 @@ mod gc;
 mod import;
 mod index;
 mod lease;
+mod liveness;
 mod manifest;
 mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod pack_writer;
 mod process;
 mod publish;
 mod published;
+mod relocate;
+mod repack;
 mod scrub;
 mod sealed;
 mod settings;
@@ -61,4 +66,5 @@ pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
 pub use published::OwnerId;
+pub use repack::{RepackReport, RepackedPack};
 pub use store::{Store, StoreOptions, StoreUsage};

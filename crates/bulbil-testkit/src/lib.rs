@@ -10,11 +10,15 @@
 )]
 
 mod disk;
+mod objects;
 mod oracle;
 mod power_loss;
 mod rng;
+mod schedule;
 
 pub use disk::MemoryDisk;
+pub use objects::{FaultRates, FaultyObjects, ManualClock, MemoryObjects};
 pub use oracle::{DiskOracle, tagged};
 pub use power_loss::PowerLossDirectory;
 pub use rng::Rng;
+pub use schedule::{Schedule, ScheduledObjects};
