@@ -108,9 +108,28 @@ impl Store {
     /// `Source` when the disk cannot be read, `Cancelled`, `NoSpace`, `Io`, `Corrupt`. The store
     /// then holds what it held before.
     pub fn import(&self, source: &dyn DiskSource, observer: &dyn ImportObserver) -> Result<ImportReport, StoreError> {
+        self.import_as(source, observer, false)
+    }
+
+    /// Imports a disk and publishes a new edition of its manifest also when there is one; returns the manifest.
+    pub(crate) fn import_new_edition(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+    ) -> Result<Manifest, StoreError> {
+        let report = self.import_as(source, observer, true)?;
+        self.manifest(&report.digest)
+    }
+
+    fn import_as(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+        always_publish: bool,
+    ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let (report, leftover) = import_with(self, source, observer, workers);
+        let (report, leftover) = import_with(self, source, observer, workers, always_publish);
         drop(lock);
         self.free_leftover(leftover);
         report
@@ -126,6 +145,7 @@ fn import_with(
     source: &dyn DiskSource,
     observer: &dyn ImportObserver,
     workers: usize,
+    always_publish: bool,
 ) -> (Result<ImportReport, StoreError>, Vec<PackId>) {
     // Before anything that is stored is looked at.
     let lease = match WriteLease::begin(store, "import") {
@@ -157,7 +177,7 @@ fn import_with(
             Ok(import) => import,
             Err(error) => return (Err(error), Vec::new()),
         };
-        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish());
+        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish(always_publish));
         let is_new = matches!(&outcome, Ok(report) if !report.existed);
         let leftover = if is_new { Vec::new() } else { import.leftover() };
         import.close_index();
@@ -662,11 +682,11 @@ impl<'a> Import<'a> {
         Ok(())
     }
 
-    fn publish(&mut self) -> Result<ImportReport, StoreError> {
+    fn publish(&mut self, always: bool) -> Result<ImportReport, StoreError> {
         let digest = self.digest.take().expect("published once").finish();
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
-        let published = self.known.store.publish(&mut self.lease, &manifest)?;
+        let published = self.known.store.publish(&mut self.lease, &manifest, always)?;
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,

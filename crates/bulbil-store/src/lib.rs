@@ -44,6 +44,7 @@ mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod pack_rebuild;
 mod pack_writer;
 mod process;
 mod publish;
@@ -54,6 +55,7 @@ mod scrub;
 mod sealed;
 mod settings;
 mod store;
+mod stored_disk;
 
 pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
@@ -67,4 +69,8 @@ pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
 pub use published::OwnerId;
 pub use repack::{RepackReport, RepackedPack};
+pub use scrub::{
+    BlockUse, ContentHit, FrameHealer, ManifestDamage, ObjectDamage, PackDamage, ScrubObserver, ScrubOptions,
+    ScrubReport, SecondStore, WantedFrame,
+};
 pub use store::{Store, StoreOptions, StoreUsage};

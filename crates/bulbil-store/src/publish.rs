@@ -76,21 +76,28 @@ impl Store {
         }
     }
 
-    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on.
+    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on, unless
+    /// `always` asks for a new edition.
     ///
     /// When it fails, the manifest may be there nevertheless; the lease sees to it that its packs are
     /// protected as long as that is not known.
     ///
     /// # Errors
     /// `Timeout` when the lease was ended meanwhile; `Io`, `NoSpace`, `Corrupt`.
-    pub(crate) fn publish(&self, lease: &mut WriteLease, manifest: &Manifest) -> Result<bool, StoreError> {
+    pub(crate) fn publish(
+        &self,
+        lease: &mut WriteLease,
+        manifest: &Manifest,
+        always: bool,
+    ) -> Result<bool, StoreError> {
         let digest = manifest.digest();
         let mut stored = self.published(&digest)?;
         stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
         let mut useless = Vec::new();
         for published in &stored {
             match self.stored_manifest(published)? {
-                Stored::Manifest(found) if self.has_packs_of(&found)? => return Ok(false),
+                Stored::Manifest(found) if !always && self.has_packs_of(&found)? => return Ok(false),
+                Stored::Manifest(_) if always => {}
                 Stored::Void | Stored::Gone => {}
                 Stored::Manifest(_) | Stored::Damaged(_) => useless.push(published.object_name()),
             }

@@ -173,7 +173,7 @@ impl Store {
     }
 
     /// The name of the next edition; one of no known owner becomes this owner's.
-    fn next_edition_of(&self, published: &Published) -> Result<Published, StoreError> {
+    pub(crate) fn next_edition_of(&self, published: &Published) -> Result<Published, StoreError> {
         let too_many = || StoreError::corrupt("the manifests of a content have no number left");
         let owner = published.owner.unwrap_or(self.owner);
         let same = self.published(&published.digest)?;

@@ -9,7 +9,7 @@ use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::objects::Objects;
 
-const NAME: &str = "bulbil-store.json";
+pub(crate) const NAME: &str = "bulbil-store.json";
 const MAX_BYTES: u64 = 64 << 10;
 const FORMAT_VERSION: u32 = 1;
 
