@@ -15,10 +15,11 @@
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
 //! | `repack`, `relocate` | moves blocks in use out of packs that go |
-//! | `scrub` | reads everything again, quarantines what is damaged |
+//! | `scrub` | reads everything again, quarantines what is damaged, heals |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `settings` | what a store is: its format and keys |
+//! | `stats` | what the store holds and what each content costs |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
 //! # Trust
@@ -54,6 +55,7 @@ mod repack;
 mod scrub;
 mod sealed;
 mod settings;
+mod stats;
 mod store;
 mod stored_disk;
 
@@ -73,4 +75,5 @@ pub use scrub::{
     BlockUse, ContentHit, FrameHealer, ManifestDamage, ObjectDamage, PackDamage, ScrubObserver, ScrubOptions,
     ScrubReport, SecondStore, WantedFrame,
 };
+pub use stats::{ContentStats, StoreStats};
 pub use store::{Store, StoreOptions, StoreUsage};

@@ -16,7 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bulbil_store::{Digest, GcOptions, Objects, OwnerId, Store, StoreError, StoreErrorKind, StoreOptions};
+use bulbil_store::{
+    Digest, GcOptions, Objects, OwnerId, ScrubOptions, Store, StoreError, StoreErrorKind, StoreOptions,
+};
 use bulbil_testkit::{FaultRates, FaultyObjects, ManualClock, MemoryDisk, MemoryObjects, Rng, Schedule};
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
 
@@ -93,7 +95,7 @@ struct World {
     digests: Vec<Digest>,
     oracle: Mutex<Oracle>,
     rates: FaultRates,
-    done: [AtomicU64; 6],
+    done: [AtomicU64; 7],
 }
 
 impl World {
@@ -147,7 +149,7 @@ impl Host<'_> {
     }
 
     fn step(&mut self, store: &Store) {
-        let kind = match self.rng.below(14) {
+        let kind = match self.rng.below(15) {
             0..5 => self.import(store),
             5..7 => self.remove(store),
             7..10 => self.collect(store, 0),
@@ -158,6 +160,10 @@ impl Host<'_> {
             11..13 => {
                 let percent = 30 + self.rng.below(71) as u8;
                 self.collect(store, percent)
+            }
+            13..14 => {
+                drop(store.scrub(&ScrubOptions { heal: self.rng.one_in(2), ..ScrubOptions::default() }, &()));
+                6
             }
             _ => {
                 self.world.clock.advance_ms(self.rng.below(15 * 60_000));
@@ -258,6 +264,11 @@ fn check_at_rest(world: &World, owners: &BTreeSet<OwnerId>, directory: &Path) {
     store.collect(&GcOptions { grace: Duration::ZERO, repack_below_percent: 100, ..GcOptions::default() }).unwrap();
     store.sweep().unwrap();
     check_all("after a repack and a sweep");
+    let report = store.scrub(&ScrubOptions::default(), &()).unwrap();
+    assert!(report.damaged_packs.is_empty() && report.damaged_manifests.is_empty(), "seed {}: {report:?}", world.seed);
+    let stats = store.stats().unwrap();
+    let names = world.objects.names();
+    assert_eq!(stats.packs, names.iter().filter(|name| name.ends_with(".pack")).count() as u64);
 
     let seed = world.seed;
     let mut used = BTreeSet::new();
@@ -266,7 +277,6 @@ fn check_at_rest(world: &World, owners: &BTreeSet<OwnerId>, directory: &Path) {
             used.extend(store.manifest(&digest).unwrap().packs().iter().map(|pack| pack.id.to_string()));
         }
     }
-    let names = world.objects.names();
     let packs: BTreeSet<_> = names.iter().filter_map(|n| n.strip_suffix(".pack")?.rsplit('/').next()).collect();
     assert_eq!(packs, used.iter().map(String::as_str).collect(), "seed {seed}: garbage stays");
     let leases: Vec<_> = names.iter().filter(|name| name.starts_with("leases/")).collect();
@@ -278,7 +288,7 @@ fn check_at_rest(world: &World, owners: &BTreeSet<OwnerId>, directory: &Path) {
     }
 }
 
-fn run_schedule(seed: u64, directory: &Path) -> [u64; 7] {
+fn run_schedule(seed: u64, directory: &Path) -> [u64; 8] {
     let mut rng = Rng::new(seed);
     let clock = Arc::new(ManualClock::new());
     let actors = 2 + rng.below(3) as usize;
@@ -326,11 +336,11 @@ fn run_schedule(seed: u64, directory: &Path) -> [u64; 7] {
         }
     });
     check_at_rest(&world, &(0..actors).map(owner).collect(), directory);
-    let mut done = [0; 7];
+    let mut done = [0; 8];
     for (sum, count) in done.iter_mut().zip(&world.done) {
         *sum = count.load(Ordering::Relaxed);
     }
-    done[6] = world.schedule.steps();
+    done[7] = world.schedule.steps();
     done
 }
 
@@ -345,7 +355,7 @@ fn no_schedule_of_hosts_kills_and_faults_loses_content_or_keeps_garbage() {
     println!("seeds {first} to {}", first + schedules - 1);
     let shared_memory = Path::new("/dev/shm");
     let next = AtomicU64::new(first);
-    let total = Mutex::new([0; 7]);
+    let total = Mutex::new([0; 8]);
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
@@ -365,9 +375,9 @@ fn no_schedule_of_hosts_kills_and_faults_loses_content_or_keeps_garbage() {
             });
         }
     });
-    let [imports, removals, collections, sweeps, repacks, waits, operations] = *total.lock().unwrap();
+    let [imports, removals, collections, sweeps, repacks, waits, scrubs, operations] = *total.lock().unwrap();
     println!(
         "{schedules} schedules: {imports} imports, {removals} removals, {collections} collections, {sweeps} sweeps, \
-         {repacks} repacks, {waits} leaps of the clock, {operations} operations on objects"
+         {repacks} repacks, {scrubs} scrubs, {waits} leaps of the clock, {operations} operations on objects"
     );
 }

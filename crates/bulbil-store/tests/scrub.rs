@@ -65,7 +65,8 @@ impl Fixture {
 
     fn packs(&self) -> Vec<String> {
         let used = self.disks.iter().flat_map(|(digest, _)| self.store().manifest(digest).unwrap().packs().to_vec());
-        let mut names: Vec<_> = used.map(|p| p.id.to_string()).map(|id| format!("packs/{}/{id}.pack", &id[..2])).collect();
+        let mut names: Vec<_> =
+            used.map(|p| p.id.to_string()).map(|id| format!("packs/{}/{id}.pack", &id[..2])).collect();
         names.sort();
         names.dedup();
         names

@@ -32,13 +32,8 @@ impl Schedule {
     /// A schedule for so many actors, none of which has begun.
     #[must_use]
     pub fn new(seed: u64, actors: usize) -> Arc<Self> {
-        let state = ScheduleState {
-            rng: Rng::new(seed),
-            waiting: vec![Some(0); actors],
-            turn: None,
-            favourite: 0,
-            steps: 0,
-        };
+        let state =
+            ScheduleState { rng: Rng::new(seed), waiting: vec![Some(0); actors], turn: None, favourite: 0, steps: 0 };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -78,8 +73,7 @@ impl Schedule {
         if state.turn.is_some() || !state.waiting.iter().all(ready) {
             return;
         }
-        let unfinished: Vec<_> =
-            (0..state.waiting.len()).filter(|actor| state.waiting[*actor].is_some()).collect();
+        let unfinished: Vec<_> = (0..state.waiting.len()).filter(|actor| state.waiting[*actor].is_some()).collect();
         if unfinished.is_empty() {
             return;
         }

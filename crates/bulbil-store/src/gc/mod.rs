@@ -112,8 +112,8 @@ impl Store {
             tracing::warn!(%error, "the list of condemned packs is damaged; a new one is begun");
             None
         });
-        let was_empty = was_readable
-            && previous.as_ref().is_none_or(|list| list.packs.is_empty() && list.superseded.is_empty());
+        let was_empty =
+            was_readable && previous.as_ref().is_none_or(|list| list.packs.is_empty() && list.superseded.is_empty());
         let superseded_before: HashSet<String> =
             previous.iter().flat_map(|list| list.superseded.iter().cloned()).collect();
         let situation = Situation {

@@ -73,7 +73,10 @@ impl Store {
             Err(e) => {
                 finding.reason = Some(e.to_string());
                 finding.footer_damaged = true;
-                bytes.as_ref().and_then(|bytes| pack_rebuild::rebuild(id, bytes, |block| self.block_hash(block))).map(Arc::new)
+                bytes
+                    .as_ref()
+                    .and_then(|bytes| pack_rebuild::rebuild(id, bytes, |block| self.block_hash(block)))
+                    .map(Arc::new)
             }
         };
         if let Some(footer) = finding.footer.clone().filter(|_| !finding.footer_damaged) {

@@ -75,7 +75,9 @@ impl FrameSource for HealedFrames<'_> {
         let error = match self.store.plain_of(id, record, None) {
             Ok(plain) => return Ok(plain),
             Err(e) if e.kind() == StoreErrorKind::Timeout => return Err(e),
-            Err(e) => StoreError::with_source(StoreErrorKind::Corrupt, format!("pack {id}, frame {frame} is damaged"), e),
+            Err(e) => {
+                StoreError::with_source(StoreErrorKind::Corrupt, format!("pack {id}, frame {frame} is damaged"), e)
+            }
         };
         let known = self.uses.get(&id);
         let place = |block: &u32| {

@@ -149,11 +149,7 @@ impl Store {
     ///
     /// # Errors
     /// `Cancelled`; `Io`, `Timeout` of the storage as a whole. Damage is no error.
-    pub fn scrub(
-        &self,
-        options: &ScrubOptions<'_>,
-        observer: &dyn ScrubObserver,
-    ) -> Result<ScrubReport, StoreError> {
+    pub fn scrub(&self, options: &ScrubOptions<'_>, observer: &dyn ScrubObserver) -> Result<ScrubReport, StoreError> {
         let mut report = ScrubReport::default();
         let findings = self.check_packs(options.share, observer, &mut report)?;
         let (settings, findings) = settings_or_packs(findings);
@@ -238,7 +234,8 @@ impl Store {
             damage.contents.push(ContentHit { digest: published.digest, owner: published.owner, blocks });
         }
         report.manifests = manifests + marks.damaged.len() as u64;
-        report.damaged_manifests = marks.damaged.iter().map(|(published, error)| manifest_damage(published, error)).collect();
+        report.damaged_manifests =
+            marks.damaged.iter().map(|(published, error)| manifest_damage(published, error)).collect();
         report.damaged_packs = damages.into_values().collect();
         report.damaged_packs.sort_by_key(|damage| damage.id);
         Ok(marks)
