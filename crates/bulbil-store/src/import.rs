@@ -131,9 +131,29 @@ impl Store {
         observer: &dyn ImportObserver,
         options: &ImportOptions,
     ) -> Result<ImportReport, StoreError> {
+        self.import_as(source, observer, options, false)
+    }
+
+    /// Imports a disk and publishes a new edition of its manifest also when there is one; returns the manifest.
+    pub(crate) fn import_new_edition(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+    ) -> Result<Manifest, StoreError> {
+        let report = self.import_as(source, observer, &ImportOptions::default(), true)?;
+        self.manifest(&report.digest)
+    }
+
+    fn import_as(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+        options: &ImportOptions,
+        always_publish: bool,
+    ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let (report, leftover) = import_with(self, source, observer, workers, options);
+        let (report, leftover) = import_with(self, source, observer, workers, options, always_publish);
         drop(lock);
         if report.is_ok() || !options.keep_on_failure {
             self.free_leftover(leftover);
@@ -152,6 +172,7 @@ fn import_with(
     observer: &dyn ImportObserver,
     workers: usize,
     options: &ImportOptions,
+    always_publish: bool,
 ) -> (Result<ImportReport, StoreError>, Vec<PackId>) {
     // Before anything that is stored is looked at.
     let lease = match WriteLease::begin(store, "import") {
@@ -183,7 +204,8 @@ fn import_with(
             Ok(import) => import,
             Err(error) => return (Err(error), Vec::new()),
         };
-        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish(options.expected_digest));
+        let ran = import.run(workers * SCANS_PER_WORKER);
+        let outcome = ran.and_then(|()| import.publish(options.expected_digest, always_publish));
         let is_new = matches!(&outcome, Ok(report) if !report.existed);
         let leftover = if is_new { Vec::new() } else { import.leftover() };
         import.close_index();
@@ -688,14 +710,14 @@ impl<'a> Import<'a> {
         Ok(())
     }
 
-    fn publish(&mut self, expected_digest: Option<Digest>) -> Result<ImportReport, StoreError> {
+    fn publish(&mut self, expected_digest: Option<Digest>, always: bool) -> Result<ImportReport, StoreError> {
         let digest = self.digest.take().expect("published once").finish();
         if let Some(expected) = expected_digest.filter(|expected| *expected != digest) {
             return Err(source_error(format!("its content is {digest}, not {expected}").into()));
         }
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
-        let published = self.known.store.publish(&mut self.lease, &manifest)?;
+        let published = self.known.store.publish(&mut self.lease, &manifest, always)?;
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,

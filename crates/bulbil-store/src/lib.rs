@@ -14,12 +14,14 @@
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
-//! | `scrub` | reads everything again, quarantines what is damaged |
+//! | `repack`, `relocate` | moves blocks in use out of packs that go |
+//! | `scrub` | reads everything again, quarantines what is damaged, heals |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `image_record` | images that a store offers by name |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
+//! | `stats` | what the store holds and what each content costs |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
 //! # Trust
@@ -40,19 +42,26 @@ mod image_record;
 mod import;
 mod index;
 mod lease;
+mod liveness;
 mod manifest;
 mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod pack_rebuild;
+mod pack_writer;
 mod process;
 mod publish;
 mod published;
 mod reads;
+mod relocate;
+mod repack;
 mod scrub;
 mod sealed;
 mod settings;
+mod stats;
 mod store;
+mod stored_disk;
 
 pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
@@ -70,4 +79,10 @@ pub use objects::{
 pub use pack::PackId;
 pub use published::OwnerId;
 pub use reads::{FrameRun, PackLayout};
+pub use repack::{RepackReport, RepackedPack};
+pub use scrub::{
+    BlockUse, ContentHit, FrameHealer, ManifestDamage, ObjectDamage, PackDamage, ScrubObserver, ScrubOptions,
+    ScrubReport, SecondStore, WantedFrame,
+};
+pub use stats::{ContentStats, StoreStats};
 pub use store::{Store, StoreOptions, StoreUsage};
