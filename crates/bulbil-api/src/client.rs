@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use bulbil_control::{ControlError, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceView, LaunchRequest};
+use bulbil_control::{
+    ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord, ImportRequest,
+    InstanceView, LaunchRequest, OfferedImages, OtherStore,
+};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -126,6 +129,13 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(ClientError::connection)
     }
 
+    /// A call with a body.
+    async fn ask<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::connection)?;
+        let bytes = read_body(self.send(Method::POST, path, body).await?).await?;
+        serde_json::from_slice(&bytes).map_err(ClientError::connection)
+    }
+
     async fn stream(&self, path: &str, body: &impl Serialize) -> Result<EventStream, ClientError> {
         let body = serde_json::to_vec(body).map_err(ClientError::connection)?;
         let response = self.send(Method::POST, path, body).await?;
@@ -186,6 +196,30 @@ impl Client {
     /// As every call.
     pub async fn export(&self, image: &str, request: &ExportRequest) -> Result<EventStream, ClientError> {
         self.stream(&format!("/v1/images/{}/export", escape(image)), request).await
+    }
+
+    /// Copies an image into another store; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn copy_to(&self, image: &str, request: &CopyToRequest) -> Result<EventStream, ClientError> {
+        self.stream(&format!("/v1/images/{}/copy", escape(image)), request).await
+    }
+
+    /// Copies an image from another store; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn copy_from(&self, request: &CopyFromRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/image-copies", request).await
+    }
+
+    /// Lists what another store offers by name.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn offered_images(&self, store: &OtherStore) -> Result<OfferedImages, ClientError> {
+        self.ask("/v1/offered-images", store).await
     }
 
     /// Checks of a launch what does not depend on the image.
@@ -252,6 +286,16 @@ impl Client {
     /// As every call.
     pub async fn store_usage(&self) -> Result<serde_json::Value, ClientError> {
         self.call(Method::GET, "/v1/store").await
+    }
+}
+
+impl Client {
+    /// Frees what nothing uses in the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn collect_garbage(&self, request: &GcRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/store/gc", request).await
     }
 }
 

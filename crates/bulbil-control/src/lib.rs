@@ -14,11 +14,17 @@
 //! | module | what it does |
 //! |---|---|
 //! | `data_dir` | where everything lies |
+//! | `store_binding` | which store a data directory belongs to |
+//! | `store_ops` | how a store is opened |
+//! | `store_gc` | frees what nothing uses |
+//! | `store_check` | what `doctor` tells of it |
+//! | `cache_settings` | how large the base cache may become |
 //! | `catalog` | images and instances by name and id |
 //! | `images` | files into the store: import, boot mode |
 //! | `reader` | the process that reads a file for an import |
 //! | [`sandbox`] | takes a process every right it does not need |
 //! | `export` | images out of the store: `image_content` reads, `new_file` gives a name to what is complete |
+//! | `image_copy` | images from store to store |
 //! | `disk_file`, `conversion` | disk image files as such, without a store |
 //! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
@@ -27,6 +33,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cache_settings;
 mod catalog;
 mod control;
 mod conversion;
@@ -35,6 +42,7 @@ mod disk_file;
 mod error;
 mod export;
 mod image_content;
+mod image_copy;
 mod images;
 mod instances;
 mod keys;
@@ -43,17 +51,24 @@ mod new_file;
 mod reader;
 pub mod sandbox;
 pub mod shim;
+mod store_binding;
+mod store_check;
+mod store_gc;
+mod store_ops;
 mod target;
 
 pub use bulbil_format::{ConvertObserver, Format};
+pub use bulbil_store::StoredImage;
 pub use bulbil_vm::console::plain_text;
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
+pub use cache_settings::CacheSize;
 pub use control::{Control, HostCheck, HostReport, probe_kvm};
 pub use conversion::{ConvertRequest, convert_file, convert_worker};
 pub use data_dir::DataDir;
 pub use disk_file::{DiskDescription, DiskFile, SnapshotDescription, check_disks, describe_disks};
 pub use error::{ControlError, ErrorCode};
 pub use export::{ExportProgress, ExportRequest, WrittenFile};
+pub use image_copy::{CopiedImage, CopyFromRequest, CopyToRequest, OfferedImages, OtherStore};
 pub use images::{ImportProgress, ImportRequest};
 pub use instances::LaunchRequest;
 pub use model::{
@@ -61,6 +76,9 @@ pub use model::{
 };
 pub use new_file::FileSize;
 pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
+pub use store_binding::{StoreBinding, StoreChoice, open_store};
+pub use store_gc::{GcFate, GcPack, GcReport, GcRequest};
+pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.

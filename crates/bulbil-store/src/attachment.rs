@@ -29,9 +29,14 @@ impl AttachmentKind {
 
     /// The content to which an attachment object of a known kind belongs.
     pub(crate) fn digest_of(object_name: &str) -> Option<Digest> {
+        Self::parse(object_name).map(|(_, digest)| digest)
+    }
+
+    /// The kind and the content of an attachment object; `None` for one of an unknown kind.
+    pub(crate) fn parse(object_name: &str) -> Option<(Self, Digest)> {
         let (kind, hex) = object_name.strip_prefix("attachments/")?.split_once('/')?;
-        Self::ALL.iter().find(|known| known.as_str() == kind)?;
-        format!("sha256:{hex}").parse().ok()
+        let kind = Self::ALL.into_iter().find(|known| known.as_str() == kind)?;
+        Some((kind, format!("sha256:{hex}").parse().ok()?))
     }
 
     fn as_str(self) -> &'static str {

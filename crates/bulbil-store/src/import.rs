@@ -89,6 +89,16 @@ pub struct ImportReport {
     pub existed: bool,
 }
 
+/// What an import is to do beyond the usual.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// Leaves what an import that fails has stored, so that the next one need not store it again; a
+    /// collection frees it when none comes. Otherwise the packs are taken back.
+    pub keep_on_failure: bool,
+    /// The content that the disk must turn out to have; another one is not published.
+    pub expected_digest: Option<Digest>,
+}
+
 const FRAME_BLOCKS: u32 = 32;
 
 /// Windows read by one scan job: large reads, few jobs.
@@ -114,13 +124,47 @@ impl Store {
     /// `Source` when the disk cannot be read, `Cancelled`, `NoSpace`, `Io`, `Corrupt`. The store
     /// then holds what it held before.
     pub fn import(&self, source: &dyn DiskSource, observer: &dyn ImportObserver) -> Result<ImportReport, StoreError> {
+        self.import_with_options(source, observer, &ImportOptions::default())
+    }
+
+    /// As [`import`](Self::import), with options.
+    ///
+    /// # Errors
+    /// As [`import`](Self::import); `Source` as well when the disk is not the content that was expected.
+    pub fn import_with_options(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+        options: &ImportOptions,
+    ) -> Result<ImportReport, StoreError> {
+        self.import_as(source, observer, options, false)
+    }
+
+    /// Imports a disk and publishes a new edition of its manifest also when there is one; returns the manifest.
+    pub(crate) fn import_new_edition(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+    ) -> Result<Manifest, StoreError> {
+        let report = self.import_as(source, observer, &ImportOptions::default(), true)?;
+        self.manifest(&report.digest)
+    }
+
+    fn import_as(
+        &self,
+        source: &dyn DiskSource,
+        observer: &dyn ImportObserver,
+        options: &ImportOptions,
+        always_publish: bool,
+    ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
-        let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let outcome =
-            WriteLease::begin(self, "import").map(|lease| import_with(self, lease, source, None, observer, workers));
-        let (report, leftover) = outcome.unwrap_or_else(|error| (Err(error), Vec::new()));
+        let begun = WriteLease::begin(self, "import");
+        let imported = begun.map(|lease| import_with(self, lease, source, None, observer, options, always_publish));
+        let (report, leftover) = imported.unwrap_or_else(|error| (Err(error), Vec::new()));
         drop(lock);
-        self.free_leftover(leftover);
+        if report.is_ok() || !options.keep_on_failure {
+            self.free_leftover(leftover);
+        }
         report
     }
 }
@@ -137,8 +181,10 @@ fn import_with(
     source: &dyn DiskSource,
     carried: Option<Carried<'_>>,
     observer: &dyn ImportObserver,
-    workers: usize,
+    options: &ImportOptions,
+    always_publish: bool,
 ) -> (Result<ImportReport, StoreError>, Vec<PackId>) {
+    let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let queue = Queue::default();
     let (results, inbox) = mpsc::channel();
     let (pack_sender, pack_receiver) = mpsc::sync_channel::<(u32, FinishedPack)>(PACKS_AHEAD);
@@ -164,7 +210,8 @@ fn import_with(
             Ok(import) => import,
             Err(error) => return (Err(error), Vec::new()),
         };
-        let outcome = import.run(workers * SCANS_PER_WORKER).and_then(|()| import.publish());
+        let ran = import.run(workers * SCANS_PER_WORKER);
+        let outcome = ran.and_then(|()| import.publish(options.expected_digest, always_publish));
         let is_new = matches!(&outcome, Ok(report) if !report.existed);
         let leftover = if is_new { Vec::new() } else { import.leftover() };
         import.close_index();
@@ -692,11 +739,14 @@ impl<'a> Import<'a> {
         Ok(())
     }
 
-    fn publish(&mut self) -> Result<ImportReport, StoreError> {
+    fn publish(&mut self, expected_digest: Option<Digest>, always: bool) -> Result<ImportReport, StoreError> {
         let digest = self.digest.take().expect("published once").finish();
+        if let Some(expected) = expected_digest.filter(|expected| *expected != digest) {
+            return Err(source_error(format!("its content is {digest}, not {expected}").into()));
+        }
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
-        let published = self.known.store.publish(&mut self.lease, &manifest)?;
+        let published = self.known.store.publish(&mut self.lease, &manifest, always)?;
         self.known.store.keep_leaves(&digest, &self.leaves, !published);
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {

@@ -71,7 +71,7 @@ impl FromStr for OwnerId {
 }
 
 /// A manifest object by its name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Published {
     pub(crate) digest: Digest,
     /// `None` in stores made before owners were told apart.

@@ -1,15 +1,18 @@
 //! What a store is: its format and its keys, in one object.
 //!
 //! ```text
-//! bulbil-store.json   { "format_version": 1, "block_hash_key": 64 hexadecimal digits }
+//! bulbil-store.json   { "format_version": 1, "block_hash_key": 64 hexadecimal digits, "key_check": 16 digits }
 //! ```
+//! `key_check` is the beginning of BLAKE3 of the key's digits: with a key that is wrong by one digit nothing
+//! that is stored would be recognised. Older stores have none.
+//!
 //! Written once when the store is made.
 
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::objects::Objects;
 
-const NAME: &str = "bulbil-store.json";
+pub(crate) const NAME: &str = "bulbil-store.json";
 const MAX_BYTES: u64 = 64 << 10;
 const FORMAT_VERSION: u32 = 1;
 
@@ -19,6 +22,8 @@ struct Document {
     format_version: u32,
     /// Keys the hashes of blocks, so that nobody outside can prepare two blocks with one hash.
     block_hash_key: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key_check: Option<String>,
 }
 
 /// The settings of an open store.
@@ -34,6 +39,9 @@ impl Settings {
             Err(e) if e.kind() == StoreErrorKind::NotFound => create(objects)?,
             other => parse(&other?)?,
         };
+        if document.key_check.as_ref().is_some_and(|check| *check != key_check(&document.block_hash_key)) {
+            return Err(StoreError::corrupt("the store's block hash key does not match its check"));
+        }
         Ok(Self { block_hash_key: parse_key(&document.block_hash_key)? })
     }
 }
@@ -43,7 +51,8 @@ fn create(objects: &dyn Objects) -> Result<Document, StoreError> {
     getrandom::fill(&mut key)
         .map_err(|e| StoreError::with_source(StoreErrorKind::Io, "the system has no random bytes", e))?;
     let block_hash_key = Digest::from_bytes(key).to_hex();
-    let document = Document { format_version: FORMAT_VERSION, block_hash_key };
+    let key_check = Some(key_check(&block_hash_key));
+    let document = Document { format_version: FORMAT_VERSION, block_hash_key, key_check };
     let text = serde_json::to_vec_pretty(&document).expect("settings are plain data");
     if objects.put_if_absent(NAME, &text)? {
         return Ok(document);
@@ -59,6 +68,10 @@ fn parse(bytes: &[u8]) -> Result<Document, StoreError> {
         return Err(StoreError::new(StoreErrorKind::UnsupportedVersion, text));
     }
     Ok(document)
+}
+
+fn key_check(digits: &str) -> String {
+    blake3::hash(digits.as_bytes()).to_hex()[..16].to_owned()
 }
 
 fn parse_key(hex: &str) -> Result<[u8; 32], StoreError> {

@@ -167,16 +167,6 @@ impl Store {
         Ok(self.objects.list("manifests")?.iter().filter_map(|(name, _)| Published::parse(name)).collect())
     }
 
-    /// Lists the contents that this owner has published, or that no owner is known of, in no order.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
-        let mine = |p: &Published| p.owner.is_none_or(|owner| owner == self.owner);
-        let found: HashSet<_> = self.all_published()?.into_iter().filter(mine).map(|p| p.digest).collect();
-        Ok(found.into_iter().collect())
-    }
-
     /// Reads and verifies one frame; returns its plain bytes, whole blocks.
     ///
     /// # Errors

@@ -84,11 +84,6 @@ impl Base {
     }
 
     /// Frames that were fetched from the store for this volume.
-    pub(crate) fn frames_fetched(&self) -> u64 {
-        let stats = self.stats();
-        stats.demand_frames + stats.prefetched_frames
-    }
-
     pub(crate) fn stats(&self) -> ReadStats {
         self.counters.snapshot()
     }

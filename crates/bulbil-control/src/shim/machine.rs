@@ -6,18 +6,19 @@ use std::sync::Arc;
 use bulbil_export::nbd::{Export, NbdServer, ServerHandle};
 use bulbil_format::seed::write_iso9660;
 use bulbil_metadata::{InstanceView as MetadataView, nocloud_seed, smbios, system_uuid};
-use bulbil_store::Store;
 use bulbil_types::{BootMode, Personality};
 use bulbil_vm::accel::{self, Accelerator};
 use bulbil_vm::spec::{Disk, DiskSource, Firmware, InstanceSpec, Nic, Paths, Smbios, SocketRole, disk_serial};
 use bulbil_vm::{QemuCommand, QemuProcess, qemu, qemu_argv};
-use bulbil_volume::{BaseCache, BlockDevice as _, Volume, VolumeDirectory};
+use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
 
 use crate::control::kvm_probe;
 use crate::data_dir::{DataDir, InstanceDir, replace_file};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::InstanceRecord;
 use crate::process;
+use crate::store_binding::{StoreChoice, open_store};
+use crate::store_ops::open_cache;
 
 fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlError + use<'_> {
     move |e| ControlError::with_source(ErrorCode::Failed, what, e)
@@ -32,8 +33,8 @@ pub(super) struct ServedDisk {
 impl ServedDisk {
     /// Opens the volume and serves it on the instance's socket.
     pub(super) fn open(data: &DataDir, record: &InstanceRecord) -> Result<Self, ControlError> {
-        let store = Store::open_or_create(&data.store()).map_err(|e| failed("cannot open the image store")(&e))?;
-        let cache = BaseCache::open(&data.cache()).map_err(|e| failed("cannot open the base cache")(&e))?;
+        let (store, _) = open_store(data, &StoreChoice::default())?;
+        let cache = open_cache(data)?;
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
         let volume = volumes
             .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))

@@ -54,7 +54,12 @@ impl Store {
     /// # Errors
     /// `Corrupt` when a manifest cannot be read, and then nothing was deleted; `Io`, `Timeout`, `NoSpace`.
     pub fn collect(&self, options: &GcOptions) -> Result<GcReport, StoreError> {
-        self.cycle(options, None)
+        let repack = match options.repack_below_percent {
+            0 => None,
+            percent => Some(self.repack(percent, options.dry_run)?),
+        };
+        let report = self.cycle(options, None)?;
+        Ok(GcReport { repack, ..report })
     }
 
     /// Deletes every pack that no manifest refers to and no lease protects, and returns the bytes freed.
@@ -107,8 +112,8 @@ impl Store {
             tracing::warn!(%error, "the list of condemned packs is damaged; a new one is begun");
             None
         });
-        let was_empty = was_readable
-            && previous.as_ref().is_none_or(|list| list.packs.is_empty() && list.superseded.is_empty());
+        let was_empty =
+            was_readable && previous.as_ref().is_none_or(|list| list.packs.is_empty() && list.superseded.is_empty());
         let superseded_before: HashSet<String> =
             previous.iter().flat_map(|list| list.superseded.iter().cloned()).collect();
         let situation = Situation {
@@ -139,9 +144,10 @@ impl Store {
                 self.objects.delete(name)?;
                 report.deleted_manifests += 1;
             }
-            for name in newest.older.into_iter().chain([list::object_name(newest.generation)]) {
-                self.objects.delete(&name)?;
-            }
+            self.objects.delete(&list::object_name(newest.generation))?;
+        }
+        for name in newest.older {
+            self.objects.delete(&name)?;
         }
         if live_leases.is_empty() {
             report.deleted_attachments = self.delete_orphans(&attachments, &marks.digests)?;

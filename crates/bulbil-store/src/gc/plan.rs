@@ -96,7 +96,8 @@ fn verdict(situation: &Situation<'_>, condemned: &Condemned) -> Verdict {
     }
     let until_ms = condemned.since_ms.saturating_add(situation.grace_ms);
     // A time in the future is of another clock: it is not waited for longer than the grace time.
-    let waits = situation.now_ms < until_ms && condemned.since_ms <= situation.now_ms.saturating_add(situation.grace_ms);
+    let waits =
+        situation.now_ms < until_ms && condemned.since_ms <= situation.now_ms.saturating_add(situation.grace_ms);
     if waits { Verdict::Grace { until_ms } } else { Verdict::Delete }
 }
 

@@ -14,7 +14,8 @@ use std::vec;
 use bulbil_types::{BLOCK_BYTES, BLOCKS_PER_FRAME, FRAME_BYTES, MAX_DISK_BYTES};
 
 use super::{
-    DiskSource, Import, ImportObserver, ImportReport, Leaf, ScannedWindow, SourceError, import_with, source_error,
+    DiskSource, Import, ImportObserver, ImportOptions, ImportReport, Leaf, ScannedWindow, SourceError, import_with,
+    source_error,
 };
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
@@ -82,8 +83,8 @@ impl Store {
             leaves: leaves.map(|leaves| leaves.into_iter().peekable()),
             changes,
         };
-        let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let (report, leftover) = import_with(self, lease, &source, Some(carried), observer, workers);
+        let (report, leftover) =
+            import_with(self, lease, &source, Some(carried), observer, &ImportOptions::default(), false);
         drop(lock);
         self.free_leftover(leftover);
         report
