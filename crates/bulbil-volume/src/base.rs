@@ -122,7 +122,7 @@ impl Base {
     /// Fills `buf` from `offset`; zeroes past the end of the image.
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
         let len_bytes = buf.len() as u64;
-        if self.recorder.is_active() {
+        if self.recorder.is_active() && !self.recorder.knows(offset, len_bytes) {
             self.recorder.touch(&self.image(), offset, len_bytes);
         }
         let warm = self.image.read().unwrap_or_else(PoisonError::into_inner).read_warm(buf, offset);
@@ -187,7 +187,8 @@ impl Base {
         let changed = match loaded {
             Ok(manifest) if manifest != old.manifest => {
                 tracing::info!(image = %self.digest, "the image has moved to other packs");
-                let image = Image::new(Arc::clone(&old.store), Arc::clone(&old.cache), manifest, Arc::clone(&self.counters));
+                let image =
+                    Image::new(Arc::clone(&old.store), Arc::clone(&old.cache), manifest, Arc::clone(&self.counters));
                 *self.image.write().unwrap_or_else(PoisonError::into_inner) = image;
                 true
             }

@@ -41,12 +41,7 @@ pub(crate) struct CacheFile {
 
 impl CacheFile {
     /// Opens the pack's file, or makes one.
-    pub(crate) fn open(
-        directory: &Path,
-        pack: PackId,
-        boot_id: &str,
-        cipher: Option<BlockCipher>,
-    ) -> io::Result<Self> {
+    pub(crate) fn open(directory: &Path, pack: PackId, boot_id: &str, cipher: Option<BlockCipher>) -> io::Result<Self> {
         let path = directory.join(format!("{pack}.frames"));
         let header = header(boot_id, cipher.is_some());
         let file = match open_current(&path, &header)? {

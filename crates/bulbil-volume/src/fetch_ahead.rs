@@ -72,9 +72,8 @@ impl Detector {
         };
         let (clock, budget) = (self.clock, self.budget);
         // What was just fetched and is not in the file yet says nothing new.
-        let known = |stream: &Stream| {
-            stream.start <= missed.start && missed.end <= stream.end && missed.start < stream.trigger
-        };
+        let known =
+            |stream: &Stream| stream.start <= missed.start && missed.end <= stream.end && missed.start < stream.trigger;
         if self.streams.iter().any(known) {
             return None;
         }

@@ -66,10 +66,9 @@ impl Image {
             let count = &mut frames[extent.pack as usize];
             *count = (*count).max(usize::try_from(end).unwrap_or(MAX_FRAMES).min(MAX_FRAMES));
         }
-        let packs = frames.into_iter().map(|count| PackState {
-            handle: OnceLock::new(),
-            frames: (0..count).map(|_| AtomicU8::new(0)).collect(),
-        });
+        let packs = frames
+            .into_iter()
+            .map(|count| PackState { handle: OnceLock::new(), frames: (0..count).map(|_| AtomicU8::new(0)).collect() });
         let packs = packs.collect();
         Arc::new(Self { store, cache, manifest, counters, packs })
     }

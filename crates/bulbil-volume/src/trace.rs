@@ -200,9 +200,8 @@ mod tests {
         for len in 0..good.len() {
             assert!(Trace::parse(&good[..len]).is_err(), "cut at {len}");
         }
-        let with = |runs: u32, body: &[u8]| {
-            [MAGIC.as_slice(), &VERSION.to_le_bytes(), &runs.to_le_bytes(), body].concat()
-        };
+        let with =
+            |runs: u32, body: &[u8]| [MAGIC.as_slice(), &VERSION.to_le_bytes(), &runs.to_le_bytes(), body].concat();
         assert!(Trace::parse(&with(0, &[])).is_ok());
         let huge = [0xff; 9];
         for (why, bytes) in [

@@ -42,11 +42,7 @@ pub(crate) struct PlannedRead {
 }
 
 /// Joins frames into reads (pure): those of one pack whose gaps are small, as far as `gap_bytes` goes.
-pub(crate) fn plan(
-    frames: &[FrameAt],
-    layouts: &BTreeMap<u32, PackLayout>,
-    gap_bytes: &mut u64,
-) -> Vec<PlannedRead> {
+pub(crate) fn plan(frames: &[FrameAt], layouts: &BTreeMap<u32, PackLayout>, gap_bytes: &mut u64) -> Vec<PlannedRead> {
     let mut sorted = frames.to_vec();
     sorted.sort_unstable();
     sorted.dedup();
@@ -102,10 +98,8 @@ pub(crate) fn layouts(image: &Arc<Image>, frames: &[FrameAt]) -> Result<BTreeMap
     let mut found = BTreeMap::new();
     for group in packs.chunks(lanes) {
         let loaded: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = group
-                .iter()
-                .map(|pack| (*pack, scope.spawn(|| image.store.pack_layout(image.pack(*pack)))))
-                .collect();
+            let threads: Vec<_> =
+                group.iter().map(|pack| (*pack, scope.spawn(|| image.store.pack_layout(image.pack(*pack))))).collect();
             threads.into_iter().map(|(pack, thread)| (pack, thread.join())).collect()
         });
         for (pack, layout) in loaded {
@@ -190,7 +184,8 @@ fn run(image: &Arc<Image>, stopped: &AtomicBool) -> Result<(), StoreError> {
         step = (step * 4).min(LARGEST_STEP);
         let now: Vec<_> = now.iter().filter(|at| !image.handle(at.pack).is_near(at.frame)).copied().collect();
         let layouts = layouts(image, &now)?;
-        let wanted: u64 = now.iter().filter_map(|at| layouts.get(&at.pack)?.stored_range(at.frame)).map(|r| r.end - r.start).sum();
+        let wanted: u64 =
+            now.iter().filter_map(|at| layouts.get(&at.pack)?.stored_range(at.frame)).map(|r| r.end - r.start).sum();
         let mut gap_bytes = wanted / GAP_SHARE;
         for read in plan(&now, &layouts, &mut gap_bytes) {
             let pass = gate.enter(limit);

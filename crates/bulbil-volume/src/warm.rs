@@ -174,10 +174,7 @@ impl Warming<'_> {
     }
 }
 
-fn failed(
-    kind: StoreErrorKind,
-    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-) -> VolumeError {
+fn failed(kind: StoreErrorKind, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VolumeError {
     let kind = match kind {
         StoreErrorKind::NotFound => VolumeErrorKind::NotFound,
         StoreErrorKind::Corrupt => VolumeErrorKind::Corrupt,

@@ -1,7 +1,7 @@
 //! Reading from a store that is slow, fails, lies or changes below a volume.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
-mod support;
+mod lazy_support;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use bulbil_store::StoreErrorKind;
 use bulbil_testkit::{Answer, Rng};
 use bulbil_volume::{BlockDevice as _, BlockErrorKind, WarmEnd, WarmObserver, warm};
-use support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
+use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
 
 #[test]
 fn ten_volumes_that_read_at_once_fetch_each_frame_once() {
@@ -185,7 +185,8 @@ fn a_volume_goes_on_when_its_image_moves_to_other_packs() {
         std::fs::copy(other_dir.path().join("store").join(name), to(name)).unwrap();
     }
     let directory = format!("manifests/{}", manifest.digest().to_hex());
-    let edition = |directory: &std::path::Path, number: u32| directory.join(format!("0000000000000000-{number:08x}.manifest"));
+    let edition =
+        |directory: &std::path::Path, number: u32| directory.join(format!("0000000000000000-{number:08x}.manifest"));
     std::fs::copy(edition(&other_dir.path().join("store").join(&directory), 0), edition(&to(&directory), 1)).unwrap();
     let stop = AtomicBool::new(false);
     let reads = AtomicUsize::new(0);
@@ -237,7 +238,8 @@ fn warming_fetches_everything_once_in_large_reads_and_can_be_interrupted() {
     let image = noise(8, 200);
     let manifest = host.import(&image);
     let cache = host.cache();
-    let stopped = warm(&host.store, &cache, &manifest, &StopAfter { frames: Some(20), ..StopAfter::default() }).unwrap();
+    let stopped =
+        warm(&host.store, &cache, &manifest, &StopAfter { frames: Some(20), ..StopAfter::default() }).unwrap();
     assert_eq!(stopped.end, WarmEnd::Cancelled);
     assert!((20..200).contains(&stopped.fetched_frames), "{stopped:?}");
     let rest = warm(&host.store, &cache, &manifest, &StopAfter::default()).unwrap();

@@ -1,14 +1,14 @@
 //! What a boot touches is recorded, and fetched before the next boot asks for it.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
-mod support;
+mod lazy_support;
 
 use std::time::{Duration, Instant};
 
 use bulbil_store::{AttachmentKind, Manifest, StoreErrorKind};
 use bulbil_testkit::{Answer, Request, Rng};
 use bulbil_volume::{BlockDevice as _, Volume, inherit_trace};
-use support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
+use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
 
 /// Places that a boot reads, in its order: files here and there, some of them longer.
 fn boot(seed: u64, frames: u64) -> Vec<(usize, usize)> {
