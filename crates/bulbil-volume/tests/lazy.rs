@@ -36,8 +36,10 @@ fn ten_volumes_that_read_at_once_fetch_each_frame_once() {
             });
         }
     });
-    let requests = host.frame_requests(&manifest, host.objects.take_requests());
+    let all = host.objects.take_requests();
+    let requests = host.frame_requests(&manifest, all.clone());
     check_disjoint(&requests);
+    assert_eq!(all.len() - requests.len(), manifest.packs().len(), "each footer once");
     let fetched: u64 = volumes.iter().map(bulbil_volume::Volume::frames_fetched).sum();
     assert_eq!(fetched, 64);
     assert!(host.objects.most_running() <= 16 + 10, "{} requests at once", host.objects.most_running());
