@@ -141,7 +141,7 @@ fn a_recording_ends_by_itself_with_256_mib() {
     let mut host = Host::open(dir.path(), false);
     // The same few frames all over the disk: small in the store, large for the trace.
     let part = noise(7, 8);
-    let image: Vec<u8> = std::iter::repeat_with(|| part.clone()).take(280).flatten().collect();
+    let image = part.repeat(280);
     let manifest = host.import(&image);
     let volume = host.volume(&manifest, &host.cache());
     for at in (0..image.len()).step_by(4 << 20) {
