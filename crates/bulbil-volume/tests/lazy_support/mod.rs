@@ -72,7 +72,7 @@ impl Host {
 }
 
 fn open_store(path: &Path, objects: &Arc<ScriptedObjects>) -> Arc<Store> {
-    let options = StoreOptions { state_directory: path.join("state"), owner: "0000000000000000".parse().unwrap() };
+    let options = StoreOptions { state_directory: path.join("state"), ..StoreOptions::default() };
     Arc::new(Store::open(Arc::clone(objects) as Arc<_>, options).unwrap())
 }
 
