@@ -39,6 +39,7 @@ struct State {
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
+    full: bool,
 }
 
 #[derive(Debug)]
@@ -88,6 +89,11 @@ impl PowerLossDirectory {
     /// Lets `operations` more operations succeed, then fails every one until the next crash.
     pub fn set_fuse(&self, operations: u64) {
         self.state.lock().unwrap().fuse = Some(operations);
+    }
+
+    /// Says whether there is no space for small files any more.
+    pub fn set_full(&self, full: bool) {
+        self.state.lock().unwrap().full = full;
     }
 
     /// Whether operations fail now.
@@ -219,12 +225,25 @@ impl StorageDirectory for PowerLossDirectory {
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let path = self.path(name);
         // The temporary file; its new name; the sync of the directory.
-        self.now(|_| ())?;
+        if self.now(|state| state.full)? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.now(|state| state.replaced.entry(path.clone()).or_default().1.push(bytes.to_vec()))?;
         self.now(|state| {
             let (durable, newer) = state.replaced.get_mut(&path).unwrap();
             *durable = newer.pop();
             newer.clear();
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.now(|state| {
+            for (path, (durable, newer)) in &mut state.replaced {
+                if path.strip_prefix(&self.prefix).is_some_and(|name| !name.contains('/')) {
+                    *durable = newer.pop().or(durable.take());
+                    newer.clear();
+                }
+            }
         })
     }
 }

@@ -208,7 +208,8 @@ impl Volume {
     fn rotate(&self, record: &mut VolumeRecord) -> Result<Arc<Stack>, BlockError> {
         let number = record.layers[0] + 1;
         let files = Layer::directory(&self.directory, number);
-        let top = Layer::new(number, Overlay::open_synced(files, Arc::clone(&self.poisoned))?, &self.directory);
+        let top =
+            Layer::new(number, Overlay::open(files, self.size_bytes(), Arc::clone(&self.poisoned))?, &self.directory);
         let mut next = record.clone();
         next.layers.insert(0, number);
         let settling = Mutex::default();

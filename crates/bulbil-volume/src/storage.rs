@@ -88,6 +88,13 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// When the host cannot write it. `StorageFull` and `QuotaExceeded` leave the old content; after
     /// any other error it is the old or the new one.
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes durable which files are there and which small ones were replaced, as it can be seen now: a
+    /// process that was killed may not have come to that.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A directory of the host.
@@ -110,6 +117,7 @@ impl HostDirectory {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join(name))
     }
 
+    /// Makes the directory, or takes one that an earlier attempt has made and perhaps not synced.
     fn make(&self, parent: &Path) -> io::Result<()> {
         match std::fs::create_dir(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
@@ -133,13 +141,10 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let file = match (self.create_file(name), &self.parent) {
-            (Err(e), Some(parent)) if e.kind() == io::ErrorKind::NotFound => {
-                self.make(parent)?;
-                self.create_file(name)?
-            }
-            (created, _) => created?,
-        };
+        if let Some(parent) = &self.parent {
+            self.make(parent)?;
+        }
+        let file = self.create_file(name)?;
         sync_directory(&self.path)?;
         Ok(Arc::new(HostFile(file)))
     }
@@ -186,6 +191,14 @@ impl StorageDirectory for HostDirectory {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => io::Error::other(e),
             _ => e,
         })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match sync_directory(&self.path) {
+            // One that was not made yet holds nothing.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.parent.is_some() => Ok(()),
+            other => other,
+        }
     }
 }
 

@@ -228,6 +228,8 @@ impl Volume {
             })?;
             Ok(Base::new(Arc::clone(store), Arc::clone(cache), manifest))
         });
+        // What is shown to a guest from here on rests on the record, which a killed process may not have synced.
+        directory.sync().map_err(|e| VolumeError::io(format!("cannot sync volume {}", record.id), e))?;
         // What a snapshot that was killed had begun or not taken away yet.
         remove_files(&*directory, |number| !record.layers.contains(&number))
             .map_err(|e| VolumeError::io(format!("cannot tidy up volume {}", record.id), e))?;
@@ -241,17 +243,17 @@ impl Volume {
         directory: Arc<dyn StorageDirectory>,
     ) -> Result<Self, VolumeError> {
         let poisoned = Arc::new(AtomicBool::new(false));
-        let open = |(position, number): (usize, &u64)| {
+        // Frozen layers are synced as well: a merge into one of them may have been killed.
+        let open = |number: &u64| {
             let files = Layer::directory(&directory, *number);
-            let overlay = match position {
-                0 => Overlay::open(files, record.size_bytes, Arc::clone(&poisoned)),
-                // Whole on disk before the record named a newer one.
-                _ => Overlay::open_synced(files, Arc::clone(&poisoned)),
-            };
-            let overlay = overlay.map_err(|e| VolumeError::block("cannot open the volume's overlay", e))?;
+            if *number > 0 {
+                files.sync().map_err(|e| VolumeError::io("cannot sync a layer of the volume", e))?;
+            }
+            let overlay = Overlay::open(files, record.size_bytes, Arc::clone(&poisoned))
+                .map_err(|e| VolumeError::block("cannot open the volume's overlay", e))?;
             Ok(Layer::new(*number, overlay, &directory))
         };
-        let layers = record.layers.iter().enumerate().map(open).collect::<Result<_, VolumeError>>()?;
+        let layers = record.layers.iter().map(open).collect::<Result<_, VolumeError>>()?;
         let layers = Layers { layers, base: base.map(Arc::new) };
         Ok(Self {
             size_bytes: AtomicU64::new(record.size_bytes),
