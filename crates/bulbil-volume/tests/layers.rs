@@ -7,6 +7,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulbil_store::{ChangedDisk as _, Digest, DigestBuilder, Manifest, StoreErrorKind, window_leaf};
 use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
@@ -278,6 +279,68 @@ fn a_crash_at_any_operation_of_a_merge_changes_nothing() {
             }
         }
     }
+}
+
+/// Writers count up in two blocks each, the first one first: a snapshot of one moment never has more
+/// in the second.
+#[test]
+fn a_snapshot_under_writers_is_of_one_moment() {
+    const WRITERS: u64 = 4;
+    let dir = quick_directory();
+    let image = Image::make(dir.path());
+    let path = dir.path().join("volume");
+    std::fs::create_dir(&path).unwrap();
+    create(&image, &HostDirectory::new(&path));
+    let volume = Volume::open_in(Arc::new(HostDirectory::new(&path)), &image.store, &image.cache).unwrap();
+    let counters = |content: &[u8], writer: u64| {
+        let at = |block: u64| u64::from_le_bytes(*content[block as usize * 4096..].first_chunk().unwrap());
+        (at(2 * writer + 1), at(2 * writer + 40))
+    };
+    for writer in 0..WRITERS {
+        volume.write_zeroes((2 * writer + 1) * 4096, 4096, false).unwrap();
+        volume.write_zeroes((2 * writer + 40) * 4096, 4096, false).unwrap();
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let (volume, done) = (&volume, &done);
+            scope.spawn(move || {
+                for count in 1_u64.. {
+                    for block in [2 * writer + 1, 2 * writer + 40] {
+                        // Whole blocks, and parts that are merged.
+                        let len = if writer % 2 == 0 { 8 } else { 1 };
+                        volume.write_at(&tagged(count, len), block * 4096, false).unwrap();
+                    }
+                    if count % 64 == 0 {
+                        volume.flush().unwrap();
+                    }
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        let mut last = vec![0; WRITERS as usize];
+        for _ in 0..40 {
+            let frozen = volume.freeze().unwrap();
+            let content = read_frozen(&frozen).unwrap();
+            for writer in 0..WRITERS {
+                let (first, second) = counters(&content, writer);
+                assert!(first == second || first == second + 1, "writer {writer}: {first} and {second}");
+                assert!(second >= last[writer as usize], "writer {writer} went back");
+                last[writer as usize] = second;
+            }
+            let manifest = import(&image, &frozen, &content).unwrap();
+            volume.rebase(frozen, manifest).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let content = read_all(&volume);
+    assert!((0..WRITERS).all(|writer| counters(&content, writer).0 == counters(&content, writer).1));
+    volume.flush().unwrap();
+    drop(volume);
+    let volume = Volume::open_in(Arc::new(HostDirectory::new(&path)), &image.store, &image.cache).unwrap();
+    assert!(read_all(&volume) == content);
 }
 
 #[test]
