@@ -29,13 +29,16 @@ pub struct PowerLossDirectory {
     prefix: String,
 }
 
+/// A small file: the content on disk, and those that may be there instead, the newest last.
+type Replaced = (Option<Vec<u8>>, Vec<Vec<u8>>);
+
 #[derive(Debug, Default)]
 struct State {
     files: BTreeMap<String, FileState>,
     /// Files that were removed, for as long as a loss of power may bring them back.
     removed: BTreeMap<String, FileState>,
-    /// Small files by path: the content on disk, and those that may be there instead, the newest last.
-    replaced: BTreeMap<String, (Option<Vec<u8>>, Vec<Vec<u8>>)>,
+    /// Small files by path.
+    replaced: BTreeMap<String, Replaced>,
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
