@@ -4,7 +4,13 @@
 //! bench_snapshots DIRECTORY      one JSON object a line: {"what": …, "value": …, "unit": …}
 //! ```
 //! Times are of the whole call, durable, on the file system that the directory is on.
-#![allow(clippy::print_stdout, clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a measurement")]
+#![allow(
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a measurement"
+)]
 
 use std::error::Error;
 use std::os::unix::fs::MetadataExt as _;

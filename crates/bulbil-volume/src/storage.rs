@@ -69,7 +69,7 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     fn list(&self) -> io::Result<Vec<String>>;
 
     /// Removes a file, or a directory with all in it, if it is there. Durable when this returns; before
-    /// that any part of it may be there.
+    /// that any part of it may be there. Its space may be given back later.
     ///
     /// # Errors
     /// When the host cannot remove it.
@@ -126,6 +126,24 @@ impl HostDirectory {
     }
 }
 
+/// What files are called that are removed, but whose space is not given back yet.
+pub(crate) const REMOVED_PREFIX: &str = "removed.";
+
+/// Unlinks a file or directory beside what goes on: with many extents that takes a file system seconds.
+fn free_later(path: PathBuf) {
+    let free = move || {
+        let freed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = freed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot free a removed layer; the next start of its volume will");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("free-layer".to_owned()).spawn(free) {
+        tracing::warn!(%error, "cannot free a removed layer; the next start of its volume will");
+    }
+}
+
 /// Makes the names in a directory durable.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
@@ -162,15 +180,19 @@ impl StorageDirectory for HostDirectory {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let path = self.path.join(name);
-        let removed = match std::fs::symlink_metadata(&path) {
-            Ok(found) if found.is_dir() => std::fs::remove_dir_all(&path),
-            Ok(_) => std::fs::remove_file(&path),
-            Err(e) => Err(e),
-        };
-        match removed {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.and_then(|()| sync_directory(&self.path)),
+        if name.starts_with(REMOVED_PREFIX) {
+            // What an earlier process had renamed and not come to free.
+            free_later(path);
+            return Ok(());
         }
+        let renamed = self.path.join(format!("{REMOVED_PREFIX}{name}.{}", std::process::id()));
+        match std::fs::rename(&path, &renamed) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        }
+        sync_directory(&self.path)?;
+        free_later(renamed);
+        Ok(())
     }
 
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {

@@ -17,7 +17,7 @@ use crate::map::BlockState;
 use crate::overlay::Overlay;
 use crate::record::{RECORD_NAME, VolumeRecord, check_size};
 use crate::resize::Listeners;
-use crate::stack::{Layer, Layers, Place, Stack, remove_files};
+use crate::stack::{Layer, Layers, Place, Stack, remove_files, remove_leftovers};
 use crate::storage::{HostDirectory, StorageDirectory, sync_directory};
 
 /// The directory that holds all volumes of a host, one directory each.
@@ -107,7 +107,11 @@ impl VolumeDirectory {
             Err(e) if e.kind() == VolumeErrorKind::NotFound => None,
             other => Some(other?),
         };
-        let removed = std::fs::remove_dir_all(&directory);
+        let mut removed = std::fs::remove_dir_all(&directory);
+        // A layer that is being freed beside this may be gone before its turn comes.
+        while removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && directory.exists() {
+            removed = std::fs::remove_dir_all(&directory);
+        }
         drop(lock);
         match removed {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -157,6 +161,8 @@ pub struct Volume {
     /// Frames that were fetched for images that were below it before.
     pub(crate) fetched_before: AtomicU64,
     pub(crate) listeners: Listeners,
+    /// Layers that no record names any more; those that no request reads go when somebody looks.
+    pub(crate) retired: Mutex<Vec<Arc<Layer>>>,
     /// Held for its lifetime: only one process may have the volume open.
     _lock: Option<File>,
 }
@@ -232,6 +238,7 @@ impl Volume {
         directory.sync().map_err(|e| VolumeError::io(format!("cannot sync volume {}", record.id), e))?;
         // What a snapshot that was killed had begun or not taken away yet.
         remove_files(&*directory, |number| !record.layers.contains(&number))
+            .and_then(|()| remove_leftovers(&*directory))
             .map_err(|e| VolumeError::io(format!("cannot tidy up volume {}", record.id), e))?;
         Self::new(record, base.transpose()?, Some((Arc::clone(store), Arc::clone(cache))), directory)
     }
@@ -266,6 +273,7 @@ impl Volume {
             snapshot_running: Arc::default(),
             fetched_before: AtomicU64::new(0),
             listeners: Listeners::default(),
+            retired: Mutex::default(),
             _lock: None,
         })
     }
