@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use bulbil_store::{Digest, Store};
 use bulbil_testkit::{MemoryDisk, Rng};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BaseCache, BlockDevice as _, Volume, VolumeDirectory};
+use bulbil_volume::{BaseCache, BlockDevice as _, FrozenState, Volume, VolumeDirectory};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -169,7 +169,9 @@ impl Bench {
     /// How long requests take while snapshots are taken, and while none is.
     fn stall(&self) -> Result<()> {
         let (_, volume) = self.new_volume(4 << 30)?;
-        for snapshots in [0, 8] {
+        for (what, snapshots, store) in
+            [("without snapshots", 0, false), ("during 8 freezes", 8, false), ("during 8 snapshots", 8, true)]
+        {
             let done = AtomicBool::new(false);
             let (writes, flushes, freezes) = std::thread::scope(|scope| {
                 let writer = scope.spawn(|| write_until(&volume, &done));
@@ -179,12 +181,9 @@ impl Bench {
                     let start = Instant::now();
                     let frozen = volume.freeze().expect("the disk has room");
                     freezes.push(start.elapsed());
-                    let base = frozen.base();
-                    let store = &self.store;
-                    let size_bytes = frozen.size_bytes();
-                    let report = store.import_changes(base.as_ref(), size_bytes, &frozen, &self.nobody);
-                    let digest = report.expect("the store has room").digest;
-                    volume.rebase(frozen, store.manifest(&digest).expect("just stored")).expect("the disk has room");
+                    if store {
+                        self.store_frozen(&volume, frozen);
+                    }
                 }
                 if snapshots == 0 {
                     std::thread::sleep(Duration::from_secs(4));
@@ -193,14 +192,21 @@ impl Bench {
                 let (writes, flushes) = writer.join().expect("the writer does not panic");
                 (writes, flushes, freezes)
             });
-            let during = if snapshots == 0 { "without snapshots" } else { "during 8 snapshots" };
-            say_times(&format!("4 KiB write {during}"), writes);
-            say_times(&format!("flush {during}"), flushes);
+            say_times(&format!("4 KiB write {what}"), writes);
+            say_times(&format!("flush {what}"), flushes);
             if snapshots > 0 {
-                say_times("freeze, guest not stopped", freezes);
+                say_times(&format!("freeze {what}, guest not stopped"), freezes);
             }
         }
         Ok(())
+    }
+
+    fn store_frozen(&self, volume: &Volume, frozen: FrozenState) {
+        let (base, size_bytes) = (frozen.base(), frozen.size_bytes());
+        let report = self.store.import_changes(base.as_ref(), size_bytes, &frozen, &self.nobody);
+        let digest = report.expect("the store has room").digest;
+        let manifest = self.store.manifest(&digest).expect("just stored");
+        volume.rebase(frozen, manifest).expect("the disk has room");
     }
 
     fn written_parent(&self) -> Result<()> {
