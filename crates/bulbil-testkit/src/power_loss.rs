@@ -29,16 +29,20 @@ pub struct PowerLossDirectory {
     prefix: String,
 }
 
+/// A small file: the content on disk, and those that may be there instead, the newest last.
+type Replaced = (Option<Vec<u8>>, Vec<Vec<u8>>);
+
 #[derive(Debug, Default)]
 struct State {
     files: BTreeMap<String, FileState>,
     /// Files that were removed, for as long as a loss of power may bring them back.
     removed: BTreeMap<String, FileState>,
-    /// Small files by path: the content on disk, and those that may be there instead, the newest last.
-    replaced: BTreeMap<String, (Option<Vec<u8>>, Vec<Vec<u8>>)>,
+    /// Small files by path.
+    replaced: BTreeMap<String, Replaced>,
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
+    full: bool,
 }
 
 #[derive(Debug)]
@@ -88,6 +92,11 @@ impl PowerLossDirectory {
     /// Lets `operations` more operations succeed, then fails every one until the next crash.
     pub fn set_fuse(&self, operations: u64) {
         self.state.lock().unwrap().fuse = Some(operations);
+    }
+
+    /// Says whether there is no space for small files any more.
+    pub fn set_full(&self, full: bool) {
+        self.state.lock().unwrap().full = full;
     }
 
     /// Whether operations fail now.
@@ -219,12 +228,25 @@ impl StorageDirectory for PowerLossDirectory {
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let path = self.path(name);
         // The temporary file; its new name; the sync of the directory.
-        self.now(|_| ())?;
+        if self.now(|state| state.full)? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.now(|state| state.replaced.entry(path.clone()).or_default().1.push(bytes.to_vec()))?;
         self.now(|state| {
             let (durable, newer) = state.replaced.get_mut(&path).unwrap();
             *durable = newer.pop();
             newer.clear();
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.now(|state| {
+            for (path, (durable, newer)) in &mut state.replaced {
+                if path.strip_prefix(&self.prefix).is_some_and(|name| !name.contains('/')) {
+                    *durable = newer.pop().or(durable.take());
+                    newer.clear();
+                }
+            }
         })
     }
 }

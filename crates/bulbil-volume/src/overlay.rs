@@ -63,24 +63,8 @@ impl Overlay {
         size_bytes: u64,
         poisoned: Arc<AtomicBool>,
     ) -> Result<Self, BlockError> {
-        let overlay = Self::open_synced(directory, poisoned)?;
-        // Without a map no block is in state `Data`, so no data file counts.
-        let map_file = lock(&overlay.map_file).clone();
-        if let Some(map_file) = map_file {
-            lock(&overlay.unsynced).extend(0..size_bytes.div_ceil(SEGMENT_BYTES));
-            overlay.sync_data()?;
-            map_file.sync_data().map_err(|e| io_error("cannot sync the overlay's map", e))?;
-        }
-        Ok(overlay)
-    }
-
-    /// Uses an overlay all of which is known to be durable.
-    pub(crate) fn open_synced(
-        directory: Arc<dyn StorageDirectory>,
-        poisoned: Arc<AtomicBool>,
-    ) -> Result<Self, BlockError> {
         let map_file = directory.open("map").map_err(|e| io_error("cannot open the overlay's map", e))?;
-        Ok(Self {
+        let overlay = Self {
             touched: AtomicBool::new(map_file.is_some()),
             directory,
             map: RwLock::default(),
@@ -89,7 +73,14 @@ impl Overlay {
             unsynced: Mutex::default(),
             flushing: Mutex::default(),
             poisoned,
-        })
+        };
+        // Without a map no block is in state `Data`, so no data file counts.
+        if let Some(map_file) = lock(&overlay.map_file).clone() {
+            lock(&overlay.unsynced).extend(0..size_bytes.div_ceil(SEGMENT_BYTES));
+            overlay.sync_data()?;
+            map_file.sync_data().map_err(|e| io_error("cannot sync the overlay's map", e))?;
+        }
+        Ok(overlay)
     }
 
     /// Whether every block is in state `Base`; may say `false` when that is so.

@@ -10,12 +10,14 @@ use crate::overlay::lock;
 use crate::record::{VolumeRecord, check_size};
 use crate::volume::Volume;
 
+type Listener = Box<dyn Fn(u64) + Send + Sync>;
+
 /// Who wants to hear of a new size.
 #[derive(Default)]
-pub(crate) struct Listeners(Mutex<Vec<Box<dyn Fn(u64) + Send + Sync>>>);
+pub(crate) struct Listeners(Mutex<Vec<Listener>>);
 
 impl Listeners {
-    pub(crate) fn add(&self, listener: Box<dyn Fn(u64) + Send + Sync>) {
+    pub(crate) fn add(&self, listener: Listener) {
         lock(&self.0).push(listener);
     }
 

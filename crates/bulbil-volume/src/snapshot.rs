@@ -12,6 +12,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bulbil_store::{ChangedDisk, Digest, ImportObserver, ImportReport, Manifest, SourceError};
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
@@ -23,6 +24,9 @@ use crate::overlay::{Overlay, io_error, lock};
 use crate::record::{MAX_FROZEN_LAYERS, RECORD_NAME, VolumeRecord};
 use crate::stack::{Layer, Layers, Place, Rotation, Stack};
 use crate::volume::{Volume, usize_of};
+
+/// How often requests that read a layer are waited for, a millisecond each; then it goes with a later one.
+const MAX_WAITS_FOR_READERS: u32 = 100;
 
 /// Blocks copied at a time when layers are merged, 1 MiB.
 const BLOCKS_PER_COPY: u64 = 256;
@@ -174,8 +178,26 @@ impl Volume {
             *before = before.plus(&base.stats());
         }
         self.replace_stack(Stack { layers: Layers { layers: vec![top], base: Some(Arc::new(base)) }, rotation: None });
-        old.frozen().iter().for_each(|layer| layer.retire());
+        let gone = old.frozen().to_vec();
+        drop((record, old, frozen));
+        self.retire(gone);
         Ok(())
+    }
+
+    /// Gives layers up that no record names any more, as soon as no request reads them.
+    ///
+    /// Not by the last of these requests: removing files is not a guest's business.
+    fn retire(&self, layers: Vec<Arc<Layer>>) {
+        layers.iter().for_each(|layer| layer.retire());
+        let mut retired = lock(&self.retired);
+        retired.extend(layers);
+        for _ in 0..MAX_WAITS_FOR_READERS {
+            retired.retain(|layer| Arc::strong_count(layer) > 1);
+            if retired.is_empty() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Merges the layers that failed snapshots have left into one. Takes time for what they hold.
@@ -210,7 +232,8 @@ impl Volume {
     fn rotate(&self, record: &mut VolumeRecord) -> Result<Arc<Stack>, BlockError> {
         let number = record.layers[0] + 1;
         let files = Layer::directory(&self.directory, number);
-        let top = Layer::new(number, Overlay::open_synced(files, Arc::clone(&self.poisoned))?, &self.directory);
+        let top =
+            Layer::new(number, Overlay::open(files, self.size_bytes(), Arc::clone(&self.poisoned))?, &self.directory);
         let mut next = record.clone();
         next.layers.insert(0, number);
         let settling = Mutex::default();
@@ -268,7 +291,9 @@ impl Volume {
             let mut layers = stack.layers.clone();
             layers.layers.retain(|layer| layer.number != upper.number);
             self.replace_stack(Stack { layers, rotation: None });
-            upper.retire();
+            let upper = vec![Arc::clone(upper)];
+            drop(stack);
+            self.retire(upper);
         }
     }
 

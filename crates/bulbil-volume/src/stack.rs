@@ -16,7 +16,7 @@ use crate::device::{BlockError, ExtentKind, StatusExtent};
 use crate::map::BlockState;
 use crate::overlay::Overlay;
 use crate::record::VolumeRecord;
-use crate::storage::StorageDirectory;
+use crate::storage::{REMOVED_PREFIX, StorageDirectory};
 use crate::volume::usize_of;
 
 /// One layer with its files.
@@ -71,10 +71,17 @@ fn layer_of(name: &str) -> Option<u64> {
     }
 }
 
+/// Removes what earlier processes had begun to remove.
+pub(crate) fn remove_leftovers(volume: &dyn StorageDirectory) -> std::io::Result<()> {
+    let names = volume.list()?;
+    names.iter().filter(|name| name.starts_with(REMOVED_PREFIX)).try_for_each(|name| volume.remove(name))
+}
+
 /// Removes the files of chosen layers.
 pub(crate) fn remove_files(volume: &dyn StorageDirectory, chosen: impl Fn(u64) -> bool) -> std::io::Result<()> {
     let names = volume.list()?;
-    names.iter().filter(|name| layer_of(name).is_some_and(&chosen)).try_for_each(|name| volume.remove(name))
+    let gone = |name: &&String| layer_of(name).is_some_and(&chosen);
+    names.iter().filter(gone).try_for_each(|name| volume.remove(name))
 }
 
 /// Where the content of a run of blocks is.

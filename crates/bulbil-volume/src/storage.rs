@@ -69,7 +69,7 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     fn list(&self) -> io::Result<Vec<String>>;
 
     /// Removes a file, or a directory with all in it, if it is there. Durable when this returns; before
-    /// that any part of it may be there.
+    /// that any part of it may be there. Its space may be given back later.
     ///
     /// # Errors
     /// When the host cannot remove it.
@@ -88,6 +88,13 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// When the host cannot write it. `StorageFull` and `QuotaExceeded` leave the old content; after
     /// any other error it is the old or the new one.
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes durable which files are there and which small ones were replaced, as it can be seen now: a
+    /// process that was killed may not have come to that.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A directory of the host.
@@ -110,11 +117,30 @@ impl HostDirectory {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join(name))
     }
 
+    /// Makes the directory, or takes one that an earlier attempt has made and perhaps not synced.
     fn make(&self, parent: &Path) -> io::Result<()> {
         match std::fs::create_dir(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
             _ => sync_directory(parent),
         }
+    }
+}
+
+/// What files are called that are removed, but whose space is not given back yet.
+pub(crate) const REMOVED_PREFIX: &str = "removed.";
+
+/// Unlinks a file or directory beside what goes on: with many extents that takes a file system seconds.
+fn free_later(path: PathBuf) {
+    let free = move || {
+        let freed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = freed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot free a removed layer; the next start of its volume will");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("free-layer".to_owned()).spawn(free) {
+        tracing::warn!(%error, "cannot free a removed layer; the next start of its volume will");
     }
 }
 
@@ -133,13 +159,10 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let file = match (self.create_file(name), &self.parent) {
-            (Err(e), Some(parent)) if e.kind() == io::ErrorKind::NotFound => {
-                self.make(parent)?;
-                self.create_file(name)?
-            }
-            (created, _) => created?,
-        };
+        if let Some(parent) = &self.parent {
+            self.make(parent)?;
+        }
+        let file = self.create_file(name)?;
         sync_directory(&self.path)?;
         Ok(Arc::new(HostFile(file)))
     }
@@ -157,15 +180,19 @@ impl StorageDirectory for HostDirectory {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let path = self.path.join(name);
-        let removed = match std::fs::symlink_metadata(&path) {
-            Ok(found) if found.is_dir() => std::fs::remove_dir_all(&path),
-            Ok(_) => std::fs::remove_file(&path),
-            Err(e) => Err(e),
-        };
-        match removed {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.and_then(|()| sync_directory(&self.path)),
+        if name.starts_with(REMOVED_PREFIX) {
+            // What an earlier process had renamed and not come to free.
+            free_later(path);
+            return Ok(());
         }
+        let renamed = self.path.join(format!("{REMOVED_PREFIX}{name}.{}", std::process::id()));
+        match std::fs::rename(&path, &renamed) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        }
+        sync_directory(&self.path)?;
+        free_later(renamed);
+        Ok(())
     }
 
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
@@ -186,6 +213,14 @@ impl StorageDirectory for HostDirectory {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => io::Error::other(e),
             _ => e,
         })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match sync_directory(&self.path) {
+            // One that was not made yet holds nothing.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.parent.is_some() => Ok(()),
+            other => other,
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::overlay::Overlay;
 use crate::read_stats::ReadStats;
 use crate::record::{RECORD_NAME, VolumeRecord, check_size};
 use crate::resize::Listeners;
-use crate::stack::{Layer, Layers, Place, Stack, remove_files};
+use crate::stack::{Layer, Layers, Place, Stack, remove_files, remove_leftovers};
 use crate::storage::{HostDirectory, StorageDirectory, sync_directory};
 
 /// The directory that holds all volumes of a host, one directory each.
@@ -110,7 +110,11 @@ impl VolumeDirectory {
             Err(e) if e.kind() == VolumeErrorKind::NotFound => None,
             other => Some(other?),
         };
-        let removed = std::fs::remove_dir_all(&directory);
+        let mut removed = std::fs::remove_dir_all(&directory);
+        // A layer that is being freed beside this may be gone before its turn comes.
+        while removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && directory.exists() {
+            removed = std::fs::remove_dir_all(&directory);
+        }
         drop(lock);
         match removed {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -160,6 +164,8 @@ pub struct Volume {
     /// Frames that were fetched for images that were below it before.
     pub(crate) stats_before: Mutex<ReadStats>,
     pub(crate) listeners: Listeners,
+    /// Layers that no record names any more; those that no request reads go when somebody looks.
+    pub(crate) retired: Mutex<Vec<Arc<Layer>>>,
     /// Held for its lifetime: only one process may have the volume open.
     _lock: Option<File>,
 }
@@ -231,8 +237,11 @@ impl Volume {
             })?;
             Ok(Base::new(Arc::clone(store), Arc::clone(cache), manifest))
         });
+        // What is shown to a guest from here on rests on the record, which a killed process may not have synced.
+        directory.sync().map_err(|e| VolumeError::io(format!("cannot sync volume {}", record.id), e))?;
         // What a snapshot that was killed had begun or not taken away yet.
         remove_files(&*directory, |number| !record.layers.contains(&number))
+            .and_then(|()| remove_leftovers(&*directory))
             .map_err(|e| VolumeError::io(format!("cannot tidy up volume {}", record.id), e))?;
         Self::new(record, base.transpose()?, Some((Arc::clone(store), Arc::clone(cache))), directory)
     }
@@ -244,17 +253,17 @@ impl Volume {
         directory: Arc<dyn StorageDirectory>,
     ) -> Result<Self, VolumeError> {
         let poisoned = Arc::new(AtomicBool::new(false));
-        let open = |(position, number): (usize, &u64)| {
+        // Frozen layers are synced as well: a merge into one of them may have been killed.
+        let open = |number: &u64| {
             let files = Layer::directory(&directory, *number);
-            let overlay = match position {
-                0 => Overlay::open(files, record.size_bytes, Arc::clone(&poisoned)),
-                // Whole on disk before the record named a newer one.
-                _ => Overlay::open_synced(files, Arc::clone(&poisoned)),
-            };
-            let overlay = overlay.map_err(|e| VolumeError::block("cannot open the volume's overlay", e))?;
+            if *number > 0 {
+                files.sync().map_err(|e| VolumeError::io("cannot sync a layer of the volume", e))?;
+            }
+            let overlay = Overlay::open(files, record.size_bytes, Arc::clone(&poisoned))
+                .map_err(|e| VolumeError::block("cannot open the volume's overlay", e))?;
             Ok(Layer::new(*number, overlay, &directory))
         };
-        let layers = record.layers.iter().enumerate().map(open).collect::<Result<_, VolumeError>>()?;
+        let layers = record.layers.iter().map(open).collect::<Result<_, VolumeError>>()?;
         let layers = Layers { layers, base: base.map(Arc::new) };
         Ok(Self {
             size_bytes: AtomicU64::new(record.size_bytes),
@@ -267,6 +276,7 @@ impl Volume {
             snapshot_running: Arc::default(),
             stats_before: Mutex::default(),
             listeners: Listeners::default(),
+            retired: Mutex::default(),
             _lock: None,
         })
     }

@@ -1,0 +1,98 @@
+//! An image to put volumes above, and random requests to them.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "each test uses its part; a test may panic and makes small numbers"
+)]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bulbil_store::{Manifest, Store};
+use bulbil_testkit::{DiskOracle, MemoryDisk, Rng, tagged};
+use bulbil_volume::{BaseCache, BlockDevice as _, StorageDirectory, Volume};
+
+/// Sectors of the image.
+pub const SECTORS: u64 = 96 * 8;
+
+/// An image of tagged sectors, half of it zero, in a store of its own.
+pub struct Image {
+    pub store: Arc<Store>,
+    pub cache: Arc<BaseCache>,
+    pub manifest: Manifest,
+    pub content: Vec<u8>,
+}
+
+impl Image {
+    pub fn make(directory: &Path) -> Self {
+        let mut content = Vec::new();
+        for block in 0..SECTORS / 8 {
+            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
+        }
+        let store = Arc::new(Store::open_or_create(&directory.join("store")).unwrap());
+        let disk = MemoryDisk(content.clone());
+        let report = store.import(&disk, &disk).unwrap();
+        let manifest = store.manifest(&report.digest).unwrap();
+        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
+        Self { store, cache, manifest, content }
+    }
+
+    pub fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
+        let size_bytes = self.content.len() as u64;
+        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
+    }
+}
+
+pub fn read_all(volume: &Volume) -> Vec<u8> {
+    let mut content = vec![0; volume.size_bytes() as usize];
+    volume.read_at(&mut content, 0).unwrap();
+    content
+}
+
+/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
+pub fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
+    let sectors_in_all = volume.size_bytes() / 512;
+    let first = rng.below(sectors_in_all);
+    let whole_blocks = rng.one_in(2);
+    let first = if whole_blocks { first / 8 * 8 } else { first };
+    let longest = if rng.one_in(4) { 80 } else { 12 };
+    let sectors = (1 + rng.below(longest)).min(sectors_in_all - first);
+    let sectors = if whole_blocks { sectors.next_multiple_of(8) } else { sectors };
+    let (offset, len_bytes) = (first * 512, sectors * 512);
+    let fua = rng.one_in(8);
+    let done = match rng.below(10) {
+        0..=5 => {
+            oracle.write(first, sectors, tag);
+            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
+        }
+        6 => {
+            oracle.write(first, sectors, 0);
+            volume.write_zeroes(offset, len_bytes, fua)
+        }
+        7 => {
+            // A discard takes whole blocks only.
+            let (from, to) = (first.next_multiple_of(8), (first + sectors) / 8 * 8);
+            if from < to {
+                oracle.write(from, to - from, 0);
+            }
+            volume.discard(offset, len_bytes, fua)
+        }
+        _ => {
+            if volume.flush().is_err() {
+                return false;
+            }
+            oracle.flushed();
+            return true;
+        }
+    };
+    if done.is_err() {
+        return false;
+    }
+    if fua {
+        // This volume makes everything durable with a FUA write.
+        oracle.flushed();
+    }
+    true
+}
