@@ -136,11 +136,13 @@ fn a_service_that_does_not_answer_is_a_timeout_within_the_deadline() {
 #[test]
 fn a_host_that_is_not_there_is_a_timeout_that_says_so() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let objects = remote(&S3Server::location_at(&format!("http://{closed}"), "p"), &hasty());
-    let error = objects.get("x", 1).unwrap_err();
-    assert_eq!(error.kind(), StoreErrorKind::Timeout);
-    let cause = std::error::Error::source(&error).unwrap().to_string();
-    assert!(cause.contains("refused"), "{cause}");
+    for scheme in ["http", "https"] {
+        let objects = remote(&S3Server::location_at(&format!("{scheme}://{closed}"), "p"), &hasty());
+        let error = objects.get("x", 1).unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Timeout);
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("refused"), "{cause}");
+    }
 }
 
 #[test]

@@ -205,7 +205,7 @@ async fn pass(
     }
     match fault {
         Some(Fault::Status(status)) => {
-            return Ok(Response::builder().status(status).body(body::full(Bytes::new())).map_err(io::Error::other)?);
+            return Response::builder().status(status).body(body::full(Bytes::new())).map_err(io::Error::other);
         }
         Some(Fault::CutBefore) => return Err(cut()),
         _ => {}
