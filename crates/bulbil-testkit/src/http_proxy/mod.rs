@@ -37,7 +37,7 @@ pub struct ProxyOptions {
     pub bytes_per_s: Option<u64>,
     /// What goes wrong by chance.
     pub faults: FaultRates,
-    /// Whether each request is kept for [`HttpFaultProxy::log`].
+    /// Whether each request is kept for [`HttpFaultProxy::take_log`].
     pub log: bool,
 }
 

@@ -233,10 +233,8 @@ fn connect(location: &S3Location, service: Service, counters: &Arc<Counters>) ->
     let authority = service.endpoint.split("://").nth(1).and_then(|rest| rest.split('/').next());
     let authority = authority.unwrap_or_default().to_owned();
     let plain = service.endpoint.starts_with("http://");
-    let mut client = ClientOptions::new()
-        .with_allow_http(plain)
-        .with_connect_timeout(CONNECT_TIMEOUT)
-        .with_timeout_disabled();
+    let mut client =
+        ClientOptions::new().with_allow_http(plain).with_connect_timeout(CONNECT_TIMEOUT).with_timeout_disabled();
     if plain && !matches!(service.credentials, Credentials::Provider(_)) {
         // Nothing here is encrypted: a host without certificates will do.
         client = client.with_no_system_certificates(true);
