@@ -281,3 +281,18 @@ fn credentials_of_a_profile_are_used() {
     let error = remote(&server.location("p"), &variables("default")).get("x", 1).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Denied);
 }
+
+#[test]
+fn a_container_that_gives_no_credentials_is_no_missing_object() {
+    let server = S3Server::start();
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let token = tempfile::NamedTempFile::new().unwrap();
+    let variables = [
+        ("AWS_CONTAINER_CREDENTIALS_FULL_URI", format!("http://{closed}/credentials")),
+        ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", token.path().to_str().unwrap().to_owned()),
+    ];
+    let environment = variables.map(|(name, value)| (name.to_owned(), value)).into();
+    let error = remote(&server.location("p"), &RemoteOptions { environment, ..hasty() }).get("x", 1).unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Denied, "{error:?}");
+    assert!(format!("{error:?}").contains("AWS_SECRET_ACCESS_KEY"), "{error:?}");
+}
