@@ -36,6 +36,8 @@ mod digest;
 mod error;
 mod frame;
 mod gc;
+#[cfg(test)]
+mod golden;
 mod import;
 mod index;
 mod lease;
