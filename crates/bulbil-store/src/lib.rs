@@ -42,6 +42,8 @@ mod error;
 mod frame;
 mod gc;
 mod image_record;
+#[cfg(test)]
+mod golden;
 mod import;
 mod index;
 mod lease;
