@@ -196,6 +196,12 @@ impl InflightQueue {
         self.store(USED_AT, ring_used);
     }
 
+    /// Records that the request at `head` is not going to be answered: its queue is broken, and what the guest puts at
+    /// this head after it has reset its device is another request.
+    pub(super) fn abandoned(&mut self, head: u16) {
+        self.store(self.entry(head) + MARK_AT, 0_u8);
+    }
+
     fn entry(&self, head: u16) -> usize {
         HEADER_BYTES + ENTRY_BYTES * usize::from(head)
     }

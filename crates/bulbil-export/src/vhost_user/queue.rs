@@ -245,7 +245,7 @@ impl QueueThread {
             Ok(request) => request,
             Err(fault) => {
                 let mut ring = lock(&self.shared.ring);
-                ring.abandon(&*fault);
+                ring.abandon(head, &*fault);
                 self.shared.tell_if_idle(&ring);
                 return;
             }

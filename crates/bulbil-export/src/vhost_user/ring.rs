@@ -131,7 +131,10 @@ impl Ring {
     }
 
     /// Gives up a request that cannot be answered, and with it the ring.
-    pub(super) fn abandon(&mut self, fault: &dyn std::error::Error) {
+    pub(super) fn abandon(&mut self, head: u16, fault: &dyn std::error::Error) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.abandoned(head);
+        }
         self.running -= 1;
         self.fail(fault);
     }
