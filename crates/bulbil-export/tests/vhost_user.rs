@@ -224,7 +224,10 @@ fn a_broken_chain_stops_its_queue_until_the_guest_sets_it_up_again() {
         ("a loop", vec![header, Desc { address: DATA, len: 16, flags: DESC_NEXT, next: 0 }]),
         ("a next outside the table", one(DATA, 16, DESC_NEXT, 128)),
         ("no status", one(DATA, 16, 0, 0)),
-        ("a short header", vec![Desc { len: 15, ..header }, Desc { address: DATA, len: 1, flags: DESC_WRITE, next: 0 }]),
+        (
+            "a short header",
+            vec![Desc { len: 15, ..header }, Desc { address: DATA, len: 1, flags: DESC_WRITE, next: 0 }],
+        ),
         ("a header that only the device may write", one(DATA, 16, DESC_WRITE, 0)),
         ("reading behind writing", vec![Desc { flags: DESC_NEXT | DESC_WRITE, ..header }, Desc { flags: 0, ..header }]),
         ("a header outside memory", vec![Desc { address: 16, ..header }, Desc { flags: DESC_WRITE, ..header }]),
