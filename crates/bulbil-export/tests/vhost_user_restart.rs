@@ -54,7 +54,7 @@ impl BlockDevice for SlowFile {
         self.0.read_exact_at(buf, offset).map_err(failed)
     }
     fn is_fast(&self, offset: u64, _len_bytes: u64) -> bool {
-        offset / BLOCK as u64 % 2 == 0
+        (offset / BLOCK as u64).is_multiple_of(2)
     }
     fn write_at(&self, buf: &[u8], offset: u64, _fua: bool) -> Result<(), BlockError> {
         // Half before and half after the wait, so that a kill tears it.

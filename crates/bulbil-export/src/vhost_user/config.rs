@@ -13,7 +13,7 @@ pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 /// Sectors in one zeroed range, 256 MiB: without leave to unmap, zeroes are written.
 pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 19;
 /// Sectors in a block of the overlay (4 KiB): smaller discards keep nothing free.
-const BLOCK_SECTORS: u32 = 8;
+const BLOCK_SECTORS: u8 = 8;
 
 pub(super) const F_SEG_MAX: u64 = 1 << 2;
 pub(super) const F_RO: u64 = 1 << 5;
@@ -63,14 +63,14 @@ pub(super) fn space(size_bytes: u64, queues: u16, offset: u32, len: u32) -> Vec<
     word(0);
     word(512);
     // 2^3 logical blocks are a physical one, none is out of place, and 4 KiB is the smallest sensible request.
-    word(u32::from_le_bytes([3, 0, BLOCK_SECTORS as u8, 0]));
+    word(u32::from_le_bytes([3, 0, BLOCK_SECTORS, 0]));
     word(0);
     // A write-back cache, then the number of queues.
     let [low, high] = queues.to_le_bytes();
     word(u32::from_le_bytes([1, 0, low, high]));
     word(MAX_DISCARD_SECTORS);
     word(MAX_RANGES);
-    word(BLOCK_SECTORS);
+    word(BLOCK_SECTORS.into());
     word(MAX_WRITE_ZEROES_SECTORS);
     word(MAX_RANGES);
     word(1);

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::wire::Region;
 
@@ -48,7 +48,7 @@ pub(super) fn map_table(table: &[Region], files: Vec<OwnedFd>) -> Result<Memory,
         regions.push(region);
     }
     // Sorted, because the table need not be.
-    regions.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region));
+    regions.sort_by_key(GuestMemoryRegion::start_addr);
     Memory::from_regions(regions).map_err(|_| MemoryError::Overlap)
 }
 
