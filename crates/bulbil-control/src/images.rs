@@ -13,6 +13,7 @@ use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
 
 use crate::catalog::first_version;
+use crate::content_lease::leased_contents;
 use crate::control::{Control, now};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::ImageRecord;
@@ -214,8 +215,8 @@ impl Control {
         Ok(image)
     }
 
-    /// Frees every content that no image, no instance and no export refers to: that of an image that
-    /// was just removed, and what an import has left that was killed before it was catalogued.
+    /// Frees every content that no image, instance, volume or snapshot refers to and nobody reads: that of an image
+    /// that was just removed, and what an import has left that was killed before it was catalogued.
     ///
     /// The caller holds the lock on changes of images, so no import is between store and catalog.
     pub(crate) async fn drop_unused_content(&self) -> Result<(), ControlError> {
@@ -223,14 +224,16 @@ impl Control {
         let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
         let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
         let exported = self.contents_in_use();
-        let used: HashSet<_> = images.chain(instances).chain(exported).collect();
+        let volumes = self.contents_of_volumes().await?;
+        let (leased, no_new_lease) = leased_contents(&self.data)?;
+        let used: HashSet<_> = images.chain(instances).chain(exported).chain(volumes).chain(leased).collect();
         let store = Arc::clone(&self.store);
         let freed = tokio::task::spawn_blocking(move || {
             for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
                 store.remove_manifest(digest)?;
             }
             // Without its manifest a content cannot be launched any more, so launches may go on.
-            drop(no_new_use);
+            drop((no_new_use, no_new_lease));
             store.sweep()
         });
         let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;

@@ -14,7 +14,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `data_dir` | where everything lies |
-//! | `catalog` | images and instances by name and id |
+//! | `catalog`, `catalog_volumes` | images, instances, volumes and snapshots by name and id |
 //! | `images` | files into the store: import, boot mode |
 //! | `reader` | the process that reads a file for an import |
 //! | [`sandbox`] | takes a process every right it does not need |
@@ -22,12 +22,16 @@
 //! | `disk_file`, `conversion` | disk image files as such, without a store |
 //! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
-//! | `model` | the records and views that the API shows |
+//! | `volumes` | volumes and snapshots: create, resize, snapshot, clone, remove; `volume_ops` is what is done to a content |
+//! | `volume_use`, `content_lease` | volumes and images as devices of a process beside the daemon |
+//! | `model`, `volume_model` | the records and views that the API shows |
 //! | `shim` | the process beside each virtual machine |
 
 #![forbid(unsafe_code)]
 
 mod catalog;
+mod catalog_volumes;
+mod content_lease;
 mod control;
 mod conversion;
 mod data_dir;
@@ -44,7 +48,12 @@ mod reader;
 pub mod sandbox;
 pub mod shim;
 mod target;
+mod volume_model;
+mod volume_ops;
+mod volume_use;
+mod volumes;
 
+pub use bulbil_export::{fuse, nbd};
 pub use bulbil_format::{ConvertObserver, Format};
 pub use bulbil_vm::console::plain_text;
 pub use bulbil_vm::{BootPhase, BootVerdict, PhaseReached};
@@ -62,6 +71,8 @@ pub use model::{
 pub use new_file::FileSize;
 pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
+pub use volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
+pub use volume_use::{UsedDevice, use_content, use_volume};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.
 pub mod process {

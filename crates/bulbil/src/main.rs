@@ -4,6 +4,7 @@
 
 mod cli;
 mod cli_disk;
+mod cli_volume;
 mod commands;
 mod daemon;
 mod error;

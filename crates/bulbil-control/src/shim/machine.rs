@@ -13,11 +13,13 @@ use bulbil_vm::spec::{Disk, DiskSource, Firmware, InstanceSpec, Nic, Paths, Smbi
 use bulbil_vm::{QemuCommand, QemuProcess, qemu, qemu_argv};
 use bulbil_volume::{BaseCache, BlockDevice as _, Volume, VolumeDirectory};
 
+use super::volume_requests::{DISK_NODE, OpenDisk};
 use crate::control::kvm_probe;
 use crate::data_dir::{DataDir, InstanceDir, replace_file};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::InstanceRecord;
 use crate::process;
+use crate::volume_ops::open_volume;
 
 fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlError + use<'_> {
     move |e| ControlError::with_source(ErrorCode::Failed, what, e)
@@ -26,7 +28,7 @@ fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlE
 /// The instance's disk, open and served.
 pub(super) struct ServedDisk {
     volume: Arc<Volume>,
-    server: ServerHandle,
+    server: Arc<ServerHandle>,
 }
 
 impl ServedDisk {
@@ -35,8 +37,7 @@ impl ServedDisk {
         let store = Store::open_or_create(&data.store()).map_err(|e| failed("cannot open the image store")(&e))?;
         let cache = BaseCache::open(&data.cache()).map_err(|e| failed("cannot open the base cache")(&e))?;
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
-        let volume = volumes
-            .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))
+        let volume = open_volume(&volumes, &record.volume_id, &Arc::new(store), &Arc::new(cache))
             .map_err(|e| failed("cannot open the root disk")(&e))?;
         let volume = Arc::new(volume);
         let export = Export {
@@ -47,7 +48,12 @@ impl ServedDisk {
         let socket = data.instance(&record.id).socket("disk");
         let served = NbdServer::bind(&socket).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
         let server = served.map_err(|e| failed("cannot serve the root disk")(&e))?;
-        Ok(Self { volume, server })
+        Ok(Self { volume, server: Arc::new(server) })
+    }
+
+    /// Lets requests to the shim reach the volume.
+    pub(super) fn open_to(&self, open_disk: &OpenDisk) {
+        open_disk.set_volume(Arc::clone(&self.volume), Arc::clone(&self.server));
     }
 
     /// Ends the server and makes everything durable.
@@ -141,7 +147,7 @@ fn spec(
         uuid: system_uuid(&record.id, record.personality),
         smbios: smbios(view).into_iter().map(|table| Smbios::new(table.table, table.fields)).collect(),
         disks: vec![Disk {
-            node: "disk0".to_owned(),
+            node: DISK_NODE.to_owned(),
             source: DiskSource::Nbd { socket: directory.socket("disk"), export: String::new() },
             serial: disk_serial(&record.volume_id),
             read_only: false,

@@ -6,6 +6,8 @@ mod host;
 mod image;
 mod instance;
 mod launch;
+mod volume;
+mod volume_use;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,6 +87,8 @@ async fn run_client(command: Command, data_root: PathBuf, printer: &Printer) -> 
     let context = Context { data, client, printer };
     match command {
         Command::Image(command) => image::run(&context, command).await?,
+        Command::Volume(command) => volume::run(&context, command).await?,
+        Command::Snapshot(command) => volume::run_snapshot(&context, command).await?,
         Command::Launch(arguments) => launch::launch(&context, arguments).await?,
         Command::List => instance::list(&context).await?,
         Command::Show { instance } => instance::show(&context, &instance).await?,
