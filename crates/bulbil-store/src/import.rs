@@ -13,6 +13,8 @@
 //! there, after it it is complete. Packs that a killed import leaves behind are found by the next
 //! one, which then does not store their blocks again, or are freed by a sweep.
 
+mod changes;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -25,10 +27,14 @@ use crate::digest::{Digest, DigestBuilder, window_leaf};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::frame::{self, EncodedFrame};
 use crate::index::{BlockIndex, IndexedPack};
+use crate::leaves::Leaves;
 use crate::manifest::{Extent, Manifest, PackRef};
 use crate::matching::{KnownBlocks, Location, Placement, place_window};
 use crate::pack::{BlockHash, FinishedPack, Footer, PackBuilder, PackId};
 use crate::store::Store;
+
+use changes::Carried;
+pub use changes::ChangedDisk;
 
 /// An error of the disk that is imported, passed on as the cause.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
@@ -74,7 +80,7 @@ pub struct ImportReport {
     pub data_bytes: u64,
     /// Bytes in blocks that were new to the store, before compression.
     pub new_bytes: u64,
-    /// Bytes the store grew by.
+    /// Bytes of packs and manifests that the store grew by.
     pub stored_bytes: u64,
     /// Whether the store held exactly this content before.
     pub existed: bool,
@@ -107,7 +113,7 @@ impl Store {
     pub fn import(&self, source: &dyn DiskSource, observer: &dyn ImportObserver) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let report = import_with(self, source, observer, workers);
+        let report = import_with(self, source, None, observer, workers);
         drop(lock);
         report
     }
@@ -120,6 +126,7 @@ fn source_error(error: SourceError) -> StoreError {
 fn import_with(
     store: &Store,
     source: &dyn DiskSource,
+    carried: Option<Carried<'_>>,
     observer: &dyn ImportObserver,
     workers: usize,
 ) -> Result<ImportReport, StoreError> {
@@ -144,7 +151,7 @@ fn import_with(
         });
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
-        let mut import = Import::new(store, source, observer, &queue, &inbox, pack_sender)?;
+        let mut import = Import::new(store, source, carried, observer, &queue, &inbox, pack_sender)?;
         if let Err(error) = import.run(workers * SCANS_PER_WORKER) {
             import.discard();
             return Err(error);
@@ -225,8 +232,10 @@ impl Drop for CloseOnDrop<'_> {
     }
 }
 
+type Leaf = [u8; 32];
+
 /// One window of a scan: `None` when it is all zero.
-type ScannedWindow = Option<(/* leaf */ [u8; 32], Vec<Option<BlockHash>>)>;
+type ScannedWindow = Option<(Leaf, Vec<Option<BlockHash>>)>;
 
 struct Scanned {
     first_window: u64,
@@ -405,8 +414,14 @@ struct Import<'a> {
     packs: Option<mpsc::SyncSender<(u32, FinishedPack)>>,
     plan: ScanPlan<'a>,
     known: Known<'a>,
+    /// The content that this one is a change of, if it is one.
+    carried: Option<Carried<'a>>,
+    /// The packs of that content, as its manifest names them.
+    carried_packs: HashMap<u32, PackRef>,
+    numbers: HashMap<PackId, u32>,
     scans: BTreeMap<u64, Scanned>,
     digest: Option<DigestBuilder>,
+    leaves: Leaves,
     published: Option<Digest>,
     extents: Vec<Extent>,
     previous: Option<Location>,
@@ -425,6 +440,7 @@ impl<'a> Import<'a> {
     fn new(
         store: &'a Store,
         source: &'a dyn DiskSource,
+        carried: Option<Carried<'a>>,
         observer: &'a dyn ImportObserver,
         queue: &'a Queue,
         inbox: &'a Receiver<Outcome>,
@@ -432,6 +448,7 @@ impl<'a> Import<'a> {
     ) -> Result<Self, StoreError> {
         let mut index = store.open_index()?;
         index.begin_changes()?;
+        let numbers = if carried.is_some() { index.numbers() } else { HashMap::new() };
         Ok(Self {
             observer,
             queue,
@@ -439,8 +456,12 @@ impl<'a> Import<'a> {
             packs: Some(packs),
             plan: ScanPlan { source, data: None, next_window: 0 },
             known: Known { store, index, pending: HashMap::new(), pending_packs: HashMap::new(), last_footer: None },
+            carried,
+            carried_packs: HashMap::new(),
+            numbers,
             scans: BTreeMap::new(),
             digest: Some(DigestBuilder::new(source.size_bytes())),
+            leaves: Leaves::default(),
             published: None,
             extents: Vec::new(),
             previous: None,
@@ -481,6 +502,7 @@ impl<'a> Import<'a> {
             self.take(&scanned)?;
             self.observer.progress(self.done_bytes.min(self.total_bytes), self.total_bytes, self.stored_bytes);
         }
+        self.carry_rest()?;
         self.finish_packs()
     }
 
@@ -532,14 +554,22 @@ impl<'a> Import<'a> {
         for (offset, window) in scanned.windows.iter().enumerate() {
             let number = scanned.first_window + offset as u64;
             self.done_bytes += FRAME_BYTES;
+            if self.carry_to(number, window)? {
+                continue;
+            }
             if let Some((leaf, hashes)) = window {
-                self.digest.as_mut().expect("taken only at the end").push(number, *leaf);
+                self.push_leaf(number, *leaf);
                 let placements = place_window(hashes, self.previous, &mut self.known)?;
                 let bytes = &scanned.bytes[offset * FRAME_LEN..(offset + 1) * FRAME_LEN];
                 self.place(number, bytes, hashes, &placements)?;
             }
         }
         Ok(())
+    }
+
+    fn push_leaf(&mut self, window: u64, leaf: Leaf) {
+        self.digest.as_mut().expect("taken only at the end").push(window, leaf);
+        self.leaves.push(window, leaf);
     }
 
     fn place(
@@ -663,6 +693,7 @@ impl<'a> Import<'a> {
             self.known.store.remove_manifest(&digest)?;
             published = self.known.store.publish(&manifest)?;
         }
+        self.known.store.keep_leaves(&digest, &self.leaves, !published);
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,
@@ -683,10 +714,8 @@ impl<'a> Import<'a> {
             let number = match numbers.get(&extent.pack) {
                 Some(number) => *number,
                 None => {
-                    let IndexedPack { id, len_bytes } = self.known.index.packs()[extent.pack as usize];
-                    let footer_digest = self.known.footer(extent.pack)?.digest;
                     let number = u32::try_from(packs.len()).expect("no more than the index numbers");
-                    packs.push(PackRef { id, footer_digest, len_bytes });
+                    packs.push(self.pack_ref(extent.pack)?);
                     numbers.insert(extent.pack, number);
                     number
                 }
@@ -694,6 +723,15 @@ impl<'a> Import<'a> {
             extent.pack = number;
         }
         Manifest::new(size_bytes, digest, packs, extents)
+    }
+
+    fn pack_ref(&mut self, number: u32) -> Result<PackRef, StoreError> {
+        if let Some(pack) = self.carried_packs.get(&number) {
+            return Ok(*pack);
+        }
+        let IndexedPack { id, len_bytes } = self.known.index.packs()[number as usize];
+        let footer_digest = self.known.footer(number)?.digest;
+        Ok(PackRef { id, footer_digest, len_bytes })
     }
 
     /// Whether the store shows the content that this import has tried to publish.

@@ -11,7 +11,8 @@
 //! | `frame`, `pack`, `manifest` | the stored formats, pure encoders and parsers |
 //! | `matching` | which blocks of a window are referenced and which are stored (pure) |
 //! | `index` | where a block with a given hash is stored; rebuildable, needed by import only |
-//! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
+//! | `import` | the pipeline that reads, matches, compresses and writes in parallel; whole disks, or changes of one |
+//! | `leaves` | the hashes of a content's windows, so that a change needs no reading of the rest |
 //! | `objects` | the seam to storage: named objects, durable when put |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `settings` | what a store is: its format and keys |
@@ -31,6 +32,7 @@ mod error;
 mod frame;
 mod import;
 mod index;
+mod leaves;
 mod manifest;
 mod matching;
 mod objects;
@@ -43,7 +45,7 @@ pub use attachment::AttachmentKind;
 pub use cipher::BlockCipher;
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
-pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
+pub use import::{ChangedDisk, DiskSource, ImportObserver, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{DirObjects, Objects};
 pub use pack::PackId;
