@@ -134,3 +134,44 @@ impl Catalog {
 pub(crate) fn snapshot_name_taken(name: &str) -> ControlError {
     ControlError::new(ErrorCode::InUse, format!("a snapshot named `{name}` exists already"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An instance as version 1 has written it.
+    const INSTANCE: &str = r#"{"id":"i-0123456789abcdef0","name":"web","image_id":"ami-0123456789abcdef0",
+        "image":"debian:1","image_digest":"sha256:0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a",
+        "volume_id":"vol-0123456789abcdef0","disk_bytes":1048576,"cpus":1,"memory_bytes":67108864,
+        "personality":"ec2","boot_mode":"bios","mac":"52:54:00:01:02:03","hostname":"web","public_keys":[],
+        "user_data_bytes":0,"publish":[],"created_at":1700000000}"#;
+
+    const VERSION_1: &str = "
+        CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+            created_at INTEGER NOT NULL, record TEXT NOT NULL, UNIQUE (name, version));
+        CREATE TABLE instances (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, image_id TEXT NOT NULL,
+            image_digest TEXT NOT NULL, created_at INTEGER NOT NULL, record TEXT NOT NULL, run TEXT NOT NULL);
+        PRAGMA user_version = 1;";
+
+    #[tokio::test]
+    async fn a_catalog_of_version_1_gets_the_root_volumes_of_its_instances() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.db");
+        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+        let old = sqlx::SqlitePool::connect_with(options).await.unwrap();
+        sqlx::raw_sql(VERSION_1).execute(&old).await.unwrap();
+        let added = sqlx::query("INSERT INTO instances VALUES ('i-0123456789abcdef0', 'web', 'x', 'y', 0, ?, '{}')");
+        added.bind(INSTANCE).execute(&old).await.unwrap();
+        old.close().await;
+        for _ in 0..2 {
+            let catalog = Catalog::open(&path).await.unwrap();
+            let volumes = catalog.volumes().await.unwrap();
+            assert_eq!(volumes.len(), 1);
+            assert_eq!(volumes[0].id.as_str(), "vol-0123456789abcdef0");
+            assert_eq!(volumes[0].instance_id.as_ref().unwrap().as_str(), "i-0123456789abcdef0");
+            assert_eq!((volumes[0].size_bytes, volumes[0].image.as_deref()), (1 << 20, Some("debian:1")));
+            assert_eq!(catalog.snapshots().await.unwrap(), []);
+            catalog.pool.close().await;
+        }
+    }
+}

@@ -1,7 +1,8 @@
 //! Contents that processes beside the daemon read, and that therefore stay in the store.
 //!
 //! ```text
-//! run/leases/lock                  held shared while a lease is begun, alone while it is decided what nothing needs
+//! run/leases/lock                  held shared while a lease is begun and while a shim takes a snapshot, whose content
+//!                                  nothing refers to yet; alone while it is decided what nothing needs
 //! run/leases/<digest>.<pid>.<n>    held shared as long as the content is read; whoever dies lets go
 //! ```
 
@@ -29,6 +30,20 @@ pub(crate) struct ContentLease {
 /// While it lives, nobody begins a lease.
 #[derive(Debug)]
 pub(crate) struct NoNewLease(#[allow(dead_code, reason = "held for its lock")] File);
+
+/// While it lives, no content is removed.
+#[derive(Debug)]
+pub(crate) struct NoRemoval(#[allow(dead_code, reason = "held for its lock")] File);
+
+/// Waits until no content is being removed, and keeps it so.
+pub(crate) fn without_removals(data: &DataDir) -> Result<NoRemoval, ControlError> {
+    let look = || -> io::Result<NoRemoval> {
+        let gate = open(&directory(data)?.join("lock"))?;
+        flock(&gate, FlockOperation::LockShared)?;
+        Ok(NoRemoval(gate))
+    };
+    look().map_err(|e| failed(&e))
+}
 
 fn failed(e: &io::Error) -> ControlError {
     ControlError::io("cannot keep a content in the store", e)

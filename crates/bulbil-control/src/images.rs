@@ -225,7 +225,11 @@ impl Control {
         let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
         let exported = self.contents_in_use();
         let volumes = self.contents_of_volumes().await?;
-        let (leased, no_new_lease) = leased_contents(&self.data)?;
+        let data = self.data.clone();
+        // A snapshot that a shim takes for a daemon that is gone is waited for.
+        let leased = tokio::task::spawn_blocking(move || leased_contents(&data)).await;
+        let broken = |e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e);
+        let (leased, no_new_lease) = leased.map_err(broken)??;
         let used: HashSet<_> = images.chain(instances).chain(exported).chain(volumes).chain(leased).collect();
         let store = Arc::clone(&self.store);
         let freed = tokio::task::spawn_blocking(move || {
@@ -236,7 +240,7 @@ impl Control {
             drop((no_new_use, no_new_lease));
             store.sweep()
         });
-        let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
+        let freed = freed.await.map_err(broken)?;
         freed.map(drop).map_err(|e| store_error("cannot free unused space", &e))
     }
 }

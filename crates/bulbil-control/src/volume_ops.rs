@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulbil_store::{Digest, Store};
+use bulbil_store::{Digest, ImportObserver, Store};
 use bulbil_types::VolumeId;
 use bulbil_volume::{BaseCache, Volume, VolumeDirectory, VolumeError, VolumeErrorKind};
 
@@ -43,32 +43,38 @@ pub(crate) fn open_volume(
 
 /// Takes a snapshot of a volume that nothing has open.
 pub(crate) fn snapshot_closed(
-    _volumes: &VolumeDirectory,
+    volumes: &VolumeDirectory,
     id: &VolumeId,
-    _store: &Arc<Store>,
-    _cache: &Arc<BaseCache>,
+    store: &Arc<Store>,
+    cache: &Arc<BaseCache>,
 ) -> Result<TakenContent, ControlError> {
-    Err(not_available(&format!("cannot take a snapshot of volume {id}")))
+    let volume = open_volume(volumes, id, store, cache);
+    let volume = volume.map_err(|e| volume_error(format!("cannot take a snapshot of volume {id}"), &e))?;
+    snapshot_open(&volume)
 }
 
 /// Takes a snapshot of an open volume while it is written to.
-pub(crate) fn snapshot_open(_volume: &Volume) -> Result<TakenContent, ControlError> {
-    Err(not_available("cannot take a snapshot of the volume"))
+pub(crate) fn snapshot_open(volume: &Volume) -> Result<TakenContent, ControlError> {
+    let taken = volume.snapshot(&Silent).map_err(|e| volume_error("cannot take a snapshot of the volume", &e))?;
+    Ok(TakenContent { digest: taken.digest, size_bytes: taken.size_bytes, stored_bytes: taken.stored_bytes })
 }
 
 /// Makes a volume larger that nothing has open.
-pub(crate) fn grow_closed(_volumes: &VolumeDirectory, id: &VolumeId, _size_bytes: u64) -> Result<(), ControlError> {
-    Err(not_available(&format!("cannot make volume {id} larger")))
+pub(crate) fn grow_closed(volumes: &VolumeDirectory, id: &VolumeId, size_bytes: u64) -> Result<(), ControlError> {
+    let grown = volumes.resize(id, size_bytes);
+    grown.map(drop).map_err(|e| volume_error(format!("cannot make volume {id} larger"), &e))
 }
 
 /// Makes an open volume larger; durable when this returns.
-pub(crate) fn grow_open(_volume: &Volume, _size_bytes: u64) -> Result<(), ControlError> {
-    Err(not_available("cannot make the volume larger"))
+pub(crate) fn grow_open(volume: &Volume, size_bytes: u64) -> Result<(), ControlError> {
+    volume.grow(size_bytes).map_err(|e| volume_error("cannot make the volume larger", &e))
 }
 
-fn not_available(what: &str) -> ControlError {
-    let cause = std::io::Error::from(std::io::ErrorKind::Unsupported);
-    ControlError::with_source(ErrorCode::Failed, what, &cause)
+/// Listens to nothing: who asks waits for the end.
+struct Silent;
+
+impl ImportObserver for Silent {
+    fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
 }
 
 /// An error of a volume as a user meets it.

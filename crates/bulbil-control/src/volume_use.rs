@@ -90,6 +90,10 @@ impl BlockDevice for ReadOnly {
         self.0.size_bytes()
     }
 
+    fn on_resize(&self, listener: Box<dyn Fn(u64) + Send + Sync>) {
+        self.0.on_resize(listener);
+    }
+
     fn is_read_only(&self) -> bool {
         true
     }

@@ -375,15 +375,10 @@ impl Control {
     pub(crate) async fn contents_of_volumes(&self) -> Result<Vec<Digest>, ControlError> {
         let mut contents: Vec<Digest> =
             self.catalog.snapshots().await?.into_iter().map(|snapshot| snapshot.digest).collect();
-        for volume in self.catalog.volumes().await? {
-            contents.extend(volume.digest);
-            // A snapshot has put it above another content than it was made from.
-            match self.volumes.record(&volume.id) {
-                Ok(found) => contents.extend(found.base),
-                Err(e) if e.kind() == VolumeErrorKind::NotFound => {}
-                Err(e) => return Err(volume_error("cannot see what a volume refers to", &e)),
-            }
-        }
+        contents.extend(self.catalog.volumes().await?.into_iter().filter_map(|volume| volume.digest));
+        // A snapshot has put its volume above another content than it was made from.
+        let bases = self.volumes.bases().map_err(|e| volume_error("cannot see what the volumes refer to", &e))?;
+        contents.extend(bases.into_iter().flat_map(|(_, digests)| digests));
         Ok(contents)
     }
 }

@@ -100,7 +100,7 @@ impl VolumeDirectory {
     /// Whether a process has the volume open at this moment.
     #[must_use]
     pub fn is_in_use(&self, id: &VolumeId) -> bool {
-        let lock = lock_volume(&self.volume_path(id).join(RECORD_NAME), id);
+        let lock = lock_volume(&self.volume_path(id), id);
         lock.is_err_and(|e| e.kind() == VolumeErrorKind::InUse)
     }
 

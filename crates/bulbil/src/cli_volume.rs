@@ -97,7 +97,7 @@ pub(crate) struct CreateArgs {
     /// Name of the volume [default: made up]
     pub(crate) name: Option<Name>,
     /// Size [default: that of the image or snapshot]
-    #[arg(long, value_name = "SIZE", required_unless_present_any = ["image", "snapshot"])]
+    #[arg(long, value_name = "SIZE")]
     pub(crate) size: Option<ByteSize>,
     /// Image that it begins as: name, name:version or id
     #[arg(long, value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new(), conflicts_with = "snapshot")]

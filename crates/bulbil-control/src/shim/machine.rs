@@ -52,8 +52,8 @@ impl ServedDisk {
     }
 
     /// Lets requests to the shim reach the volume.
-    pub(super) fn open_to(&self, open_disk: &OpenDisk) {
-        open_disk.set_volume(Arc::clone(&self.volume), Arc::clone(&self.server));
+    pub(super) fn open_to(&self, data: &DataDir, open_disk: &OpenDisk) {
+        open_disk.set_volume(data, Arc::clone(&self.volume), Arc::clone(&self.server));
     }
 
     /// Ends the server and makes everything durable.

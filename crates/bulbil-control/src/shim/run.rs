@@ -138,7 +138,7 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
     tokio::spawn(serve_clients(listener, states.subscribe(), request_sender, Arc::clone(&open_disk)));
 
     let disk = ServedDisk::open(data, &record)?;
-    disk.open_to(&open_disk);
+    disk.open_to(data, &open_disk);
     let user_data = match std::fs::read(directory.file("user-data")) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         other => Some(other.map_err(|e| ControlError::io("cannot read the user data", &e))?),

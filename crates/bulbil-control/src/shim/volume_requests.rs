@@ -9,6 +9,8 @@ use bulbil_volume::Volume;
 use serde_json::json;
 
 use super::{ShimAnswer, ShimRequest, answer_line};
+use crate::content_lease::without_removals;
+use crate::data_dir::DataDir;
 use crate::error::{ControlError, ErrorCode};
 use crate::volume_ops::{self, TakenContent};
 
@@ -25,14 +27,16 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct OpenDisk {
     volume: OnceLock<(Arc<Volume>, Arc<ServerHandle>)>,
+    data: OnceLock<DataDir>,
     qmp: OnceLock<Qmp>,
     /// Sizes change one at a time.
     resizing: tokio::sync::Mutex<()>,
 }
 
 impl OpenDisk {
-    pub(super) fn set_volume(&self, volume: Arc<Volume>, server: Arc<ServerHandle>) {
+    pub(super) fn set_volume(&self, data: &DataDir, volume: Arc<Volume>, server: Arc<ServerHandle>) {
         // Set once, when the shim starts.
+        drop(self.data.set(data.clone()));
         drop(self.volume.set((volume, server)));
     }
 
@@ -56,7 +60,13 @@ impl OpenDisk {
     /// Requests of the guest are answered meanwhile.
     async fn snapshot(&self) -> Result<TakenContent, ControlError> {
         let volume = Arc::clone(&self.volume()?.0);
-        blocking(move || volume_ops::snapshot_open(&volume)).await
+        let data = self.data.get().cloned();
+        blocking(move || {
+            // The daemon sees to it as well, as long as it lives.
+            let _no_removal = data.map(|data| without_removals(&data)).transpose()?;
+            volume_ops::snapshot_open(&volume)
+        })
+        .await
     }
 
     async fn resize(&self, size_bytes: u64) -> Result<(), ControlError> {

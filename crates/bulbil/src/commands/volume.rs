@@ -44,6 +44,10 @@ pub(crate) async fn run(context: &Context<'_>, command: VolumeCommand) -> CliRes
 
 async fn create(context: &Context<'_>, arguments: CreateArgs) -> CliResult<()> {
     let CreateArgs { name, size, image, snapshot } = arguments;
+    if size.is_none() && image.is_none() && snapshot.is_none() {
+        return Err(CliError::usage("an empty volume needs a size")
+            .hint("say how large: --size 20GiB; or what it begins as: --image IMAGE or --snapshot SNAPSHOT"));
+    }
     let request = VolumeRequest { name, size_bytes: size.map(|size| size.0), image, snapshot };
     let created = context.client.create_volume(&request).await.map_err(|e| with_hints(e.into()))?;
     context.printer.note(&format!("created {} of {}", created.title(), ByteSize(created.record.size_bytes)));
