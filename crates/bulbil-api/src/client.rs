@@ -124,13 +124,13 @@ impl Client {
         }
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
+    pub(crate) async fn call<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
         let bytes = read_body(self.send(method, path, Vec::new()).await?).await?;
         serde_json::from_slice(&bytes).map_err(ClientError::connection)
     }
 
     /// A call with a body.
-    async fn ask<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+    pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(ClientError::connection)?;
         let bytes = read_body(self.send(Method::POST, path, body).await?).await?;
         serde_json::from_slice(&bytes).map_err(ClientError::connection)
@@ -305,7 +305,7 @@ async fn read_body(response: http::Response<Incoming>) -> Result<Bytes, ClientEr
 }
 
 /// Percent-encodes a segment of a path (RFC 3986, unreserved characters stay).
-fn escape(segment: &str) -> String {
+pub(crate) fn escape(segment: &str) -> String {
     let keep = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
     segment.bytes().map(|b| if keep(&b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

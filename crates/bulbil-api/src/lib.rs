@@ -19,6 +19,12 @@
 //! | `GET`, `DELETE /v1/instances/{instance}?force=` | shows; removes |
 //! | `POST /v1/instances/{instance}/start?wait=` | starts (stream) |
 //! | `POST /v1/instances/{instance}/stop?grace_s=&force=` | stops and waits until it is |
+//! | `GET`, `POST /v1/volumes` | lists; creates |
+//! | `GET`, `DELETE /v1/volumes/{volume}` | shows; removes |
+//! | `POST /v1/volumes/{volume}/resize` | makes it larger, and a running instance sees it |
+//! | `POST /v1/volumes/{volume}/snapshot`, `/clone` | takes its content of this moment, running or not |
+//! | `GET /v1/snapshots` | lists |
+//! | `GET`, `DELETE /v1/snapshots/{snapshot}` | shows; removes |
 //! | `GET /v1/store` | what the store takes |
 //! | `POST /v1/store/gc` | frees what nothing uses (stream) |
 //! | `POST /v1/shutdown` | ends the daemon; instances go on |
@@ -31,6 +37,7 @@
 mod client;
 mod event;
 mod server;
+mod volumes;
 
 pub use client::{Client, ClientError, EventStream};
 pub use event::{Event, Health, Wait};

@@ -21,6 +21,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{Notify, mpsc};
 
 use crate::event::{ErrorBody, Event, Health, Wait};
+use crate::volumes;
 
 /// User data as a JSON array of numbers takes four bytes for each; the largest is 1 MiB.
 const MAX_BODY_BYTES: usize = 8 << 20;
@@ -32,8 +33,8 @@ const EVENTS_AHEAD: usize = 64;
 const DEFAULT_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
-struct Api {
-    control: Arc<Control>,
+pub(crate) struct Api {
+    pub(crate) control: Arc<Control>,
     shutdown: Arc<Notify>,
 }
 
@@ -59,6 +60,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/store", get(store_usage))
         .route("/v1/store/gc", post(collect_garbage))
         .route("/v1/shutdown", post(shutdown))
+        .merge(volumes::routes())
         .fallback(|| async { Failure(ControlError::new(ErrorCode::NotFound, "there is no such path in the API")) })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(api);
@@ -66,7 +68,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
 }
 
 /// An error on its way out.
-struct Failure(ControlError);
+pub(crate) struct Failure(ControlError);
 
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
@@ -93,14 +95,14 @@ impl IntoResponse for Failure {
 }
 
 /// Does work that must not stop halfway when the client goes away.
-async fn to_its_end<T: Send + 'static>(
+pub(crate) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, ControlError>> + Send + 'static,
 ) -> Result<T, ControlError> {
     let broken = |e| ControlError::with_source(ErrorCode::Failed, "the request broke off", &e);
     tokio::spawn(work).await.map_err(broken)?
 }
 
-type Answer<T> = Result<Json<T>, Failure>;
+pub(crate) type Answer<T> = Result<Json<T>, Failure>;
 
 async fn health() -> Json<Health> {
     Json(Health { version: env!("CARGO_PKG_VERSION").to_owned(), pid: std::process::id() })

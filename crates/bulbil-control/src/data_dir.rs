@@ -1,14 +1,15 @@
 //! Where everything lies: one directory.
 //!
 //! ```text
-//! catalog.db        images and instances
+//! catalog.db        images, instances, volumes and snapshots
 //! store.json        which store the images are in, see `store_binding`; store-state/ what is kept here of a remote one
 //! cache.json        how large the cache may become, see `cache_settings`
 //! store/            packs and manifests            cache/    decompressed frames of this host
-//! volumes/vol-…/    what instances wrote
+//! volumes/vol-…/    what was written to volumes
 //! instances/i-…/    instance.json, user-data, state.json, serial.log, qemu.log, shim.log, known_hosts
 //! keys/             the key pair that bulbil itself logs in with
-//! run/              bulbil.sock, daemon.pid, daemon.log, daemon.lock; run/<n>/ the sockets of one instance
+//! run/              bulbil.sock, daemon.pid, daemon.log, daemon.lock; run/leases/, see `content_lease`;
+//!                   run/<n>/ the sockets of one instance
 //! ```
 
 use std::fs::{DirBuilder, File};

@@ -20,6 +20,7 @@
 //! | `store_check` | what `doctor` tells of it |
 //! | `cache_settings` | how large the base cache may become |
 //! | `catalog` | images and instances by name and id |
+//! | `catalog`, `catalog_volumes` | images, instances, volumes and snapshots by name and id |
 //! | `images` | files into the store: import, boot mode |
 //! | `reader` | the process that reads a file for an import |
 //! | [`sandbox`] | takes a process every right it does not need |
@@ -28,13 +29,17 @@
 //! | `disk_file`, `conversion` | disk image files as such, without a store |
 //! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
-//! | `model` | the records and views that the API shows |
+//! | `volumes` | volumes and snapshots: create, resize, snapshot, clone, remove; `volume_ops` is what is done to a content |
+//! | `volume_use`, `content_lease` | volumes and images as devices of a process beside the daemon |
+//! | `model`, `volume_model` | the records and views that the API shows |
 //! | `shim` | the process beside each virtual machine |
 
 #![forbid(unsafe_code)]
 
 mod cache_settings;
 mod catalog;
+mod catalog_volumes;
+mod content_lease;
 mod control;
 mod conversion;
 mod data_dir;
@@ -56,7 +61,12 @@ mod store_check;
 mod store_gc;
 mod store_ops;
 mod target;
+mod volume_model;
+mod volume_ops;
+mod volume_use;
+mod volumes;
 
+pub use bulbil_export::{fuse, nbd};
 pub use bulbil_format::{ConvertObserver, Format};
 pub use bulbil_store::StoredImage;
 pub use bulbil_vm::console::plain_text;
@@ -80,6 +90,8 @@ pub use store_binding::{StoreBinding, StoreChoice, open_store};
 pub use store_gc::{GcFate, GcPack, GcReport, GcRequest};
 pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
+pub use volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
+pub use volume_use::{UsedDevice, use_content, use_volume};
 
 /// The hidden command lines that this crate starts of its own binary, and the environment it reads.
 pub mod process {

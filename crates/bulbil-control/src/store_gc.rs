@@ -9,6 +9,7 @@ use bulbil_types::VolumeId;
 use bulbil_volume::VolumeErrorKind;
 use serde::{Deserialize, Serialize};
 
+use crate::content_lease::leased_contents;
 use crate::control::Control;
 use crate::error::{ControlError, ErrorCode};
 use crate::store_ops;
@@ -166,10 +167,16 @@ impl Control {
         let mut used: HashSet<_> = self.catalog.images().await?.into_iter().map(|image| image.digest).collect();
         used.extend(self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest));
         used.extend(self.contents_in_use());
-        used.extend(self.contents_of_volumes()?);
+        used.extend(self.contents_of_volumes().await?);
+        let data = self.data.clone();
+        let broken = |e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e);
+        // A snapshot that a shim takes for a daemon that is gone is waited for.
+        let leased = tokio::task::spawn_blocking(move || leased_contents(&data)).await;
+        let (leased, no_new_lease) = leased.map_err(broken)??;
+        used.extend(leased);
         let store = Arc::clone(&self.store);
         let given_up = tokio::task::spawn_blocking(move || {
-            let _no_new_use = no_new_use;
+            let _no_new_use = (no_new_use, no_new_lease);
             // What this store offers to others by name is theirs as well.
             let offered = store.images()?;
             if let Some(object) = offered.unreadable.first() {
@@ -182,13 +189,7 @@ impl Control {
             }
             Ok(unused)
         });
-        let broken = |e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e);
         given_up.await.map_err(broken)?.map_err(|e| ControlError::store("cannot free unused space", &e))
-    }
-
-    /// The contents below the volumes of this host, whether or not an instance has them.
-    pub(crate) fn contents_of_volumes(&self) -> Result<Vec<Digest>, ControlError> {
-        Ok(self.volume_contents()?.into_iter().map(|(_, digest)| digest).collect())
     }
 
     /// The volumes of this host that have a content below, and that content.

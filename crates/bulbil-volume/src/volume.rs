@@ -100,6 +100,13 @@ impl VolumeDirectory {
         Ok(Volume { _lock: Some(lock), ..volume })
     }
 
+    /// Whether a process has the volume open at this moment.
+    #[must_use]
+    pub fn is_in_use(&self, id: &VolumeId) -> bool {
+        let lock = lock_volume(&self.volume_path(id), id);
+        lock.is_err_and(|e| e.kind() == VolumeErrorKind::InUse)
+    }
+
     /// Removes a volume and everything written to it; one that is not there is fine.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use clap_complete::Shell;
 
 use crate::cli_disk::{DiskCommand, ExportArgs, InputArgs};
 use crate::cli_store::{CopyArgs, StoreCommand};
+use crate::cli_volume::{MountArgs, SnapshotCommand, VolumeCommand};
 
 /// Clone and launch operating system images in seconds, on your own machines.
 #[derive(Debug, Parser)]
@@ -70,12 +71,18 @@ pub(crate) enum OutputFormat {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Import, list, show, export and remove images
+    /// Import, list, show, export, mount and remove images
     #[command(subcommand)]
     Image(ImageCommand),
     /// Show, check and convert disk image files, without images and instances
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Create, list, resize, snapshot, clone, serve, mount and remove volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// List, show and remove snapshots of volumes
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Start a new instance of an image, or of a disk image file
     Launch(LaunchArgs),
     /// List instances
@@ -250,6 +257,15 @@ pub(crate) enum ImageCommand {
     },
     /// Write an image to a disk image file
     Export(ExportArgs),
+    /// Show an image as the file DIR/disk.raw until it is unmounted or Ctrl-C
+    #[command(after_help = "Example:\n  mkdir disk && bulbil image mount debian-12 disk")]
+    Mount {
+        /// Name, name:version or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
+        image: String,
+        #[command(flatten)]
+        place: MountArgs,
+    },
     /// Remove images and free what nothing else uses
     Rm {
         /// Names, name:version or ids

@@ -14,6 +14,7 @@ use bulbil_vm::spec::{Disk, DiskSource, Firmware, InstanceSpec, Nic, Paths, Smbi
 use bulbil_vm::{QemuCommand, QemuProcess, qemu, qemu_argv};
 use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
 
+use super::volume_requests::{DISK_NODE, OpenDisk};
 use crate::control::kvm_probe;
 use crate::data_dir::{DataDir, InstanceDir, replace_file};
 use crate::error::{ControlError, ErrorCode};
@@ -21,6 +22,7 @@ use crate::model::InstanceRecord;
 use crate::process;
 use crate::store_binding::{StoreChoice, open_store};
 use crate::store_ops::open_cache;
+use crate::volume_ops::open_volume;
 
 fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlError + use<'_> {
     move |e| ControlError::with_source(ErrorCode::Failed, what, e)
@@ -32,9 +34,11 @@ pub(super) struct ServedDisk {
     server: Option<DiskServer>,
 }
 
-enum DiskServer {
-    Nbd(ServerHandle),
-    VhostUser(VhostUserHandle),
+/// What serves the disk to the machine.
+#[derive(Clone)]
+pub(super) enum DiskServer {
+    Nbd(Arc<ServerHandle>),
+    VhostUser(Arc<VhostUserHandle>),
 }
 
 impl ServedDisk {
@@ -43,8 +47,7 @@ impl ServedDisk {
         let (store, _) = open_store(data, &StoreChoice::default())?;
         let cache = open_cache(data)?;
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
-        let volume = volumes
-            .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))
+        let volume = open_volume(&volumes, &record.volume_id, &Arc::new(store), &Arc::new(cache))
             .map_err(|e| failed("cannot open the root disk")(&e))?;
         Ok(Self { volume: Arc::new(volume), server: None })
     }
@@ -59,8 +62,10 @@ impl ServedDisk {
     ) -> Result<DiskSource, ControlError> {
         let socket = directory.socket("disk");
         let served = match attach {
-            DiskAttach::Nbd => self.serve_nbd(&socket, record).map(DiskServer::Nbd),
-            DiskAttach::VhostUser => self.serve_vhost_user(&socket, record, queues).map(DiskServer::VhostUser),
+            DiskAttach::Nbd => self.serve_nbd(&socket, record).map(|server| DiskServer::Nbd(Arc::new(server))),
+            DiskAttach::VhostUser => {
+                self.serve_vhost_user(&socket, record, queues).map(|server| DiskServer::VhostUser(Arc::new(server)))
+            },
         };
         self.server = Some(served.map_err(|e| failed("cannot serve the root disk")(&e))?);
         Ok(match attach {
@@ -86,6 +91,13 @@ impl ServedDisk {
     ) -> Result<VhostUserHandle, ServeError> {
         let options = Options { serial: disk_serial(&record.volume_id), queues, ..Options::default() };
         VhostUserServer::bind(socket, Arc::clone(&self.volume) as _, options)?.spawn()
+    }
+
+    /// Lets requests to the shim reach the volume, once it is served.
+    pub(super) fn open_to(&self, data: &DataDir, open_disk: &OpenDisk) {
+        if let Some(server) = &self.server {
+            open_disk.set_volume(data, Arc::clone(&self.volume), server.clone());
+        }
     }
 
     /// Ends the server and makes everything durable.
@@ -199,7 +211,7 @@ fn spec(
         uuid: system_uuid(&record.id, record.personality),
         smbios: smbios(view).into_iter().map(|table| Smbios::new(table.table, table.fields)).collect(),
         disks: vec![Disk {
-            node: "disk0".to_owned(),
+            node: DISK_NODE.to_owned(),
             source: disk,
             serial: disk_serial(&record.volume_id),
             read_only: false,

@@ -6,7 +6,7 @@ use bulbil_api::Event;
 use bulbil_control::{ErrorCode, ExportRequest, Format, ImageRecord, ImportRequest, OtherStore};
 use bulbil_types::ByteSize;
 
-use super::{Context, disk, image_copy};
+use super::{Context, disk, image_copy, volume_use};
 use crate::cli::{ImageCommand, NameAndVersion};
 use crate::cli_disk::{ExportArgs, InputArgs};
 use crate::error::{CliError, CliResult};
@@ -29,6 +29,7 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
             context.printer.result(&found, || describe(&found))
         }
         ImageCommand::Export(arguments) => export(context, arguments).await,
+        ImageCommand::Mount { image, place } => volume_use::mount_image(context, &image, &place.directory).await,
         ImageCommand::Rm { images } => remove(context, &images).await,
     }
 }

@@ -8,6 +8,8 @@ mod image_copy;
 mod instance;
 mod launch;
 mod store;
+mod volume;
+mod volume_use;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -95,6 +97,8 @@ async fn run_client(
     let context = Context { data, client, printer };
     match command {
         Command::Image(command) => image::run(&context, command).await?,
+        Command::Volume(command) => volume::run(&context, command).await?,
+        Command::Snapshot(command) => volume::run_snapshot(&context, command).await?,
         Command::Launch(arguments) => launch::launch(&context, arguments).await?,
         Command::List => instance::list(&context).await?,
         Command::Show { instance } => instance::show(&context, &instance).await?,
