@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use bulbil_control::{ControlError, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceView, LaunchRequest};
+use bulbil_control::{
+    ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord, ImportRequest,
+    InstanceView, LaunchRequest, OfferedImages, OtherStore,
+};
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -121,8 +124,15 @@ impl Client {
         }
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
+    pub(crate) async fn call<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
         let bytes = read_body(self.send(method, path, Vec::new()).await?).await?;
+        serde_json::from_slice(&bytes).map_err(ClientError::connection)
+    }
+
+    /// A call with a body.
+    pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::connection)?;
+        let bytes = read_body(self.send(Method::POST, path, body).await?).await?;
         serde_json::from_slice(&bytes).map_err(ClientError::connection)
     }
 
@@ -186,6 +196,30 @@ impl Client {
     /// As every call.
     pub async fn export(&self, image: &str, request: &ExportRequest) -> Result<EventStream, ClientError> {
         self.stream(&format!("/v1/images/{}/export", escape(image)), request).await
+    }
+
+    /// Copies an image into another store; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn copy_to(&self, image: &str, request: &CopyToRequest) -> Result<EventStream, ClientError> {
+        self.stream(&format!("/v1/images/{}/copy", escape(image)), request).await
+    }
+
+    /// Copies an image from another store; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn copy_from(&self, request: &CopyFromRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/image-copies", request).await
+    }
+
+    /// Lists what another store offers by name.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn offered_images(&self, store: &OtherStore) -> Result<OfferedImages, ClientError> {
+        self.ask("/v1/offered-images", store).await
     }
 
     /// Checks of a launch what does not depend on the image.
@@ -255,13 +289,23 @@ impl Client {
     }
 }
 
+impl Client {
+    /// Frees what nothing uses in the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn collect_garbage(&self, request: &GcRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/store/gc", request).await
+    }
+}
+
 async fn read_body(response: http::Response<Incoming>) -> Result<Bytes, ClientError> {
     let limited = http_body_util::Limited::new(response.into_body(), MAX_ANSWER_BYTES);
     limited.collect().await.map(http_body_util::Collected::to_bytes).map_err(ClientError::connection)
 }
 
 /// Percent-encodes a segment of a path (RFC 3986, unreserved characters stay).
-fn escape(segment: &str) -> String {
+pub(crate) fn escape(segment: &str) -> String {
     let keep = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
     segment.bytes().map(|b| if keep(&b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

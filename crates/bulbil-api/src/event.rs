@@ -3,21 +3,28 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bulbil_control::{ControlError, ExportProgress, ImageRecord, ImportProgress, InstanceView, WrittenFile};
+use bulbil_control::{
+    ControlError, CopiedImage, ExportProgress, GcReport, ImageRecord, ImportProgress, InstanceView, WrittenFile,
+};
 use serde::{Deserialize, Serialize};
 
 /// One line of a stream.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// An import has come so far.
+    /// An import or a copy has come so far.
     Progress(ImportProgress),
-    /// An import is complete.
+    /// An import, or a copy from another store, is complete.
     Image {
         /// The image.
         image: Box<ImageRecord>,
         /// Whether it was there before, with the same content.
         existed: bool,
+    },
+    /// A copy into another store is complete.
+    Copied {
+        /// What that store offers now.
+        copied: Box<CopiedImage>,
     },
     /// An export has come so far.
     ExportProgress(ExportProgress),
@@ -25,6 +32,11 @@ pub enum Event {
     File {
         /// What was written.
         file: Box<WrittenFile>,
+    },
+    /// A collection has ended.
+    Collected {
+        /// What it did.
+        report: Box<GcReport>,
     },
     /// Something changed about an instance.
     Instance {

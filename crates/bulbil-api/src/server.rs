@@ -12,8 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bulbil_control::{
-    Control, ControlError, ErrorCode, ExportRequest, ImageRecord, ImportRequest, InstanceState, InstanceView,
-    LaunchRequest,
+    Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord,
+    ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -21,6 +21,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{Notify, mpsc};
 
 use crate::event::{ErrorBody, Event, Health, Wait};
+use crate::volumes;
 
 /// User data as a JSON array of numbers takes four bytes for each; the largest is 1 MiB.
 const MAX_BODY_BYTES: usize = 8 << 20;
@@ -32,8 +33,8 @@ const EVENTS_AHEAD: usize = 64;
 const DEFAULT_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
-struct Api {
-    control: Arc<Control>,
+pub(crate) struct Api {
+    pub(crate) control: Arc<Control>,
     shutdown: Arc<Notify>,
 }
 
@@ -48,13 +49,18 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{image}", get(show_image).delete(remove_image))
         .route("/v1/images/{image}/export", post(export_image))
+        .route("/v1/images/{image}/copy", post(copy_image_to))
+        .route("/v1/image-copies", post(copy_image_from))
+        .route("/v1/offered-images", post(offered_images))
         .route("/v1/instances", get(list_instances).post(launch))
         .route("/v1/launch-checks", post(check_launch))
         .route("/v1/instances/{instance}", get(show_instance).delete(remove_instance))
         .route("/v1/instances/{instance}/start", post(start_instance))
         .route("/v1/instances/{instance}/stop", post(stop_instance))
         .route("/v1/store", get(store_usage))
+        .route("/v1/store/gc", post(collect_garbage))
         .route("/v1/shutdown", post(shutdown))
+        .merge(volumes::routes())
         .fallback(|| async { Failure(ControlError::new(ErrorCode::NotFound, "there is no such path in the API")) })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(api);
@@ -62,7 +68,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
 }
 
 /// An error on its way out.
-struct Failure(ControlError);
+pub(crate) struct Failure(ControlError);
 
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
@@ -74,10 +80,10 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = match self.0.code() {
             ErrorCode::NotFound => StatusCode::NOT_FOUND,
-            ErrorCode::InUse => StatusCode::CONFLICT,
+            ErrorCode::InUse | ErrorCode::OtherStore => StatusCode::CONFLICT,
             ErrorCode::Invalid => StatusCode::BAD_REQUEST,
             ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
-            ErrorCode::MissingProgram => StatusCode::FAILED_DEPENDENCY,
+            ErrorCode::MissingProgram | ErrorCode::StoreKey => StatusCode::FAILED_DEPENDENCY,
             ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
             ErrorCode::Cancelled | ErrorCode::Failed => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -89,14 +95,14 @@ impl IntoResponse for Failure {
 }
 
 /// Does work that must not stop halfway when the client goes away.
-async fn to_its_end<T: Send + 'static>(
+pub(crate) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, ControlError>> + Send + 'static,
 ) -> Result<T, ControlError> {
     let broken = |e| ControlError::with_source(ErrorCode::Failed, "the request broke off", &e);
     tokio::spawn(work).await.map_err(broken)?
 }
 
-type Answer<T> = Result<Json<T>, Failure>;
+pub(crate) type Answer<T> = Result<Json<T>, Failure>;
 
 async fn health() -> Json<Health> {
     Json(Health { version: env!("CARGO_PKG_VERSION").to_owned(), pid: std::process::id() })
@@ -130,6 +136,28 @@ async fn export_image(
         let file = api.control.export_image(&image, request, progress).await?;
         Ok(Event::File { file: Box::new(file) })
     })
+}
+
+async fn copy_image_to(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+    Json(request): Json<CopyToRequest>,
+) -> Response {
+    stream_work(Event::Progress, move |progress| async move {
+        let copied = api.control.copy_image_to(&image, request, progress).await?;
+        Ok(Event::Copied { copied: Box::new(copied) })
+    })
+}
+
+async fn copy_image_from(State(api): State<Api>, Json(request): Json<CopyFromRequest>) -> Response {
+    stream_work(Event::Progress, move |progress| async move {
+        let (image, existed) = api.control.copy_image_from(request, progress).await?;
+        Ok(Event::Image { image: Box::new(image), existed })
+    })
+}
+
+async fn offered_images(State(api): State<Api>, Json(store): Json<OtherStore>) -> Answer<OfferedImages> {
+    Ok(Json(api.control.offered_images(store).await?))
 }
 
 /// Tells the steps of long work and what came of it. When the client is gone, nobody receives the steps any more, and
@@ -293,6 +321,16 @@ async fn store_usage(State(api): State<Api>) -> Answer<serde_json::Value> {
         "manifests": usage.manifests,
         "manifest_bytes": usage.manifest_bytes,
     })))
+}
+
+async fn collect_garbage(State(api): State<Api>, Json(request): Json<GcRequest>) -> Response {
+    stream_work(
+        |()| Event::Done,
+        move |_steps| async move {
+            let report = api.control.collect_garbage(request).await?;
+            Ok(Event::Collected { report: Box::new(report) })
+        },
+    )
 }
 
 async fn shutdown(State(api): State<Api>) -> Json<Health> {

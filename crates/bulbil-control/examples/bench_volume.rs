@@ -14,11 +14,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bulbil_control::DataDir;
+use bulbil_control::{DataDir, StoreChoice, open_cache, open_store};
 use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_store::{Digest, Store};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BaseCache, BlockDevice as _, VolumeDirectory};
+use bulbil_volume::{BlockDevice as _, VolumeDirectory};
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
@@ -61,7 +61,7 @@ struct Volumes {
 impl Volumes {
     fn open(data: &str) -> Result<Self, Box<dyn Error>> {
         let data = DataDir::open(Path::new(data))?;
-        let store = Arc::new(Store::open_or_create(&data.store())?);
+        let store = Arc::new(open_store(&data, &StoreChoice::default())?.0);
         let directory = VolumeDirectory::open(&data.volumes())?;
         Ok(Self { data, store, directory })
     }
@@ -75,7 +75,7 @@ impl Volumes {
 
     /// Memory that each of `count` open volumes takes, when each was read from once.
     fn open_many(&self, digest: &Digest, size_bytes: u64, count: u64) -> Result<u64, Box<dyn Error>> {
-        let cache = Arc::new(BaseCache::open(&self.data.cache())?);
+        let cache = Arc::new(open_cache(&self.data)?);
         let open = || -> Result<_, Box<dyn Error>> {
             let volume = self.directory.open_volume(&self.create(digest, size_bytes)?, &self.store, &cache)?;
             volume.read_at(&mut [0; 4096], 0)?;
@@ -91,7 +91,7 @@ impl Volumes {
     }
 
     fn serve(&self, id: &VolumeId, socket: &Path) -> Result<(), Box<dyn Error>> {
-        let cache = Arc::new(BaseCache::open(&self.data.cache())?);
+        let cache = Arc::new(open_cache(&self.data)?);
         let device = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
         let export = Export { name: String::new(), description: id.to_string(), device };
         let server = NbdServer::bind(socket)?.export(export)?.spawn()?;

@@ -1,4 +1,4 @@
-//! The catalog: images and instances, in SQLite.
+//! The catalog: images, instances, volumes and snapshots, in SQLite.
 //!
 //! Each row is a JSON document beside the columns that are searched or unique. A change is durable
 //! when the method returns.
@@ -10,10 +10,12 @@ use bulbil_types::{ImageId, ImageRef, InstanceId, Name};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Row as _, SqlStr, sqlite::SqliteRow};
 
+use crate::catalog_volumes::{self, insert_volume, root_volume};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::{ImageRecord, InstanceRecord, RunState};
 
-const SCHEMA_VERSION: i64 = 1;
+/// Version 1 had no volumes and no snapshots.
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS images (
@@ -24,15 +26,33 @@ CREATE TABLE IF NOT EXISTS instances (
     created_at INTEGER NOT NULL, record TEXT NOT NULL, run TEXT NOT NULL);
 ";
 
+/// Makes the tables of this version, all or none; the root volumes of instances are filled in.
+async fn upgrade(pool: &SqlitePool, from_version: i64) -> Result<(), sqlx::Error> {
+    let mut all = pool.begin().await?;
+    sqlx::raw_sql(SqlStr::from_static(SCHEMA)).execute(&mut *all).await?;
+    sqlx::raw_sql(SqlStr::from_static(catalog_volumes::SCHEMA)).execute(&mut *all).await?;
+    if from_version == 1 {
+        let rows = sqlx::query("SELECT record FROM instances ORDER BY created_at, rowid").fetch_all(&mut *all).await?;
+        for row in rows {
+            let text: String = row.try_get("record")?;
+            let instance = serde_json::from_str(&text).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
+            insert_volume(&mut *all, &root_volume(&instance)).await?;
+        }
+    }
+    let set_version = format!("PRAGMA user_version = {SCHEMA_VERSION}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(set_version)).execute(&mut *all).await?;
+    all.commit().await
+}
+
 /// An instance with what was last known of it.
 pub(crate) type InstanceRow = (InstanceRecord, RunState);
 
 #[derive(Debug, Clone)]
 pub(crate) struct Catalog {
-    pool: SqlitePool,
+    pub(crate) pool: SqlitePool,
 }
 
-fn failed(what: &str, error: sqlx::Error) -> ControlError {
+pub(crate) fn failed(what: &str, error: sqlx::Error) -> ControlError {
     let code = match error.as_database_error() {
         // SQLITE_FULL
         Some(error) if error.code().as_deref() == Some("13") => ErrorCode::NoSpace,
@@ -41,17 +61,17 @@ fn failed(what: &str, error: sqlx::Error) -> ControlError {
     ControlError::with_source(code, format!("cannot {what} the catalog"), &error)
 }
 
-fn is_unique_violation(error: &sqlx::Error) -> bool {
+pub(crate) fn is_unique_violation(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(sqlx::error::DatabaseError::is_unique_violation)
 }
 
-fn document<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &str) -> Result<T, ControlError> {
+pub(crate) fn document<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &str) -> Result<T, ControlError> {
     let text: String = row.try_get(column).map_err(|e| failed("read", e))?;
     serde_json::from_str(&text)
         .map_err(|e| ControlError::with_source(ErrorCode::Failed, "a record of the catalog cannot be read", &e))
 }
 
-fn to_document(value: &impl serde::Serialize) -> String {
+pub(crate) fn to_document(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("records are plain data")
 }
 
@@ -72,10 +92,9 @@ impl Catalog {
             let text = format!("the catalog has schema {version}; this bulbil knows {SCHEMA_VERSION}: use a newer one");
             return Err(ControlError::new(ErrorCode::Invalid, text));
         }
-        sqlx::raw_sql(SqlStr::from_static(SCHEMA)).execute(&pool).await.map_err(|e| failed("open", e))?;
-        let set_version = format!("PRAGMA user_version = {SCHEMA_VERSION}");
-        let set_version = sqlx::raw_sql(sqlx::AssertSqlSafe(set_version));
-        set_version.execute(&pool).await.map_err(|e| failed("open", e))?;
+        if version < SCHEMA_VERSION {
+            upgrade(&pool, version).await.map_err(|e| failed("open", e))?;
+        }
         Ok(Self { pool })
     }
 
@@ -127,8 +146,9 @@ impl Catalog {
         removed.map(drop).map_err(|e| failed("write", e))
     }
 
-    /// Adds an instance; an error when its name is taken.
+    /// Adds an instance with its root volume; an error when its name is taken.
     pub(crate) async fn add_instance(&self, record: &InstanceRecord, run: &RunState) -> Result<(), ControlError> {
+        let mut both = self.pool.begin().await.map_err(|e| failed("write", e))?;
         let added = sqlx::query("INSERT INTO instances VALUES (?, ?, ?, ?, ?, ?, ?)")
             .bind(record.id.as_str())
             .bind(record.name.as_str())
@@ -137,13 +157,17 @@ impl Catalog {
             .bind(record.created_at)
             .bind(to_document(record))
             .bind(to_document(run))
-            .execute(&self.pool)
+            .execute(&mut *both)
             .await;
         match added {
             Err(e) if is_unique_violation(&e) => {
                 Err(ControlError::new(ErrorCode::InUse, format!("an instance named `{}` exists already", record.name)))
             }
-            other => other.map(drop).map_err(|e| failed("write", e)),
+            Err(e) => Err(failed("write", e)),
+            Ok(_) => {
+                insert_volume(&mut *both, &root_volume(record)).await.map_err(|e| failed("write", e))?;
+                both.commit().await.map_err(|e| failed("write", e))
+            }
         }
     }
 
@@ -171,9 +195,14 @@ impl Catalog {
         saved.map(drop).map_err(|e| failed("write", e))
     }
 
+    /// Removes an instance with its root volume.
     pub(crate) async fn remove_instance(&self, id: &InstanceId) -> Result<(), ControlError> {
-        let removed = sqlx::query("DELETE FROM instances WHERE id = ?").bind(id.as_str()).execute(&self.pool).await;
-        removed.map(drop).map_err(|e| failed("write", e))
+        let write = |e| failed("write", e);
+        let mut both = self.pool.begin().await.map_err(write)?;
+        for query in ["DELETE FROM volumes WHERE instance_id = ?", "DELETE FROM instances WHERE id = ?"] {
+            sqlx::query(query).bind(id.as_str()).execute(&mut *both).await.map_err(write)?;
+        }
+        both.commit().await.map_err(write)
     }
 }
 

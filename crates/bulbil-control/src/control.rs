@@ -18,6 +18,7 @@ use crate::export::ContentsInUse;
 use crate::model::RunState;
 use crate::process;
 use crate::reader;
+use crate::store_binding::{StoreBinding, StoreChoice, open_store};
 
 /// All use cases over one data directory.
 #[derive(Debug)]
@@ -25,6 +26,7 @@ pub struct Control {
     pub(crate) data: DataDir,
     pub(crate) catalog: Catalog,
     pub(crate) store: Arc<Store>,
+    pub(crate) binding: StoreBinding,
     pub(crate) volumes: VolumeDirectory,
     /// The binary that shims are started from.
     pub(crate) program: PathBuf,
@@ -65,18 +67,23 @@ impl Control {
     /// Opens or makes everything below a data directory, and finds running instances again.
     ///
     /// # Errors
-    /// When the directory, the catalog or the store cannot be used.
-    pub async fn open(data: DataDir, program: PathBuf) -> Result<Arc<Self>, ControlError> {
+    /// `OtherStore` when the directory is bound to another store than was chosen; `StoreKey`; others when the
+    /// directory, the catalog or the store cannot be used.
+    pub async fn open(data: DataDir, choice: &StoreChoice, program: PathBuf) -> Result<Arc<Self>, ControlError> {
         let failed = |what: &str, e: &(dyn std::error::Error + 'static)| {
             ControlError::with_source(ErrorCode::Failed, format!("cannot open the {what}"), e)
         };
+        let (opened, choice) = (data.clone(), choice.clone());
+        // Perhaps over a network, and then not quick.
+        let opened = tokio::task::spawn_blocking(move || open_store(&opened, &choice)).await;
+        let (store, binding) = opened.map_err(|e| failed("image store", &e))??;
         let catalog = Catalog::open(&data.catalog()).await?;
-        let store = Store::open_or_create(&data.store()).map_err(|e| failed("image store", &e))?;
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("volumes", &e))?;
         let control = Arc::new(Self {
             data,
             catalog,
             store: Arc::new(store),
+            binding,
             volumes,
             program,
             running: Mutex::default(),

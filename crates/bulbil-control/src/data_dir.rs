@@ -1,16 +1,19 @@
 //! Where everything lies: one directory.
 //!
 //! ```text
-//! catalog.db        images and instances
+//! catalog.db        images, instances, volumes and snapshots
+//! store.json        which store the images are in, see `store_binding`; store-state/ what is kept here of a remote one
+//! cache.json        how large the cache may become, see `cache_settings`
 //! store/            packs and manifests            cache/    decompressed frames of this host
-//! volumes/vol-…/    what instances wrote
+//! volumes/vol-…/    what was written to volumes
 //! instances/i-…/    instance.json, user-data, state.json, serial.log, qemu.log, shim.log, known_hosts
 //! keys/             the key pair that bulbil itself logs in with
-//! run/              bulbil.sock, daemon.pid, daemon.log, daemon.lock; run/<n>/ the sockets of one instance
+//! run/              bulbil.sock, daemon.pid, daemon.log, daemon.lock; run/leases/, see `content_lease`;
+//!                   run/<n>/ the sockets of one instance
 //! ```
 
 use std::fs::{DirBuilder, File};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -20,6 +23,9 @@ use crate::error::{ControlError, ErrorCode};
 
 /// The longest data directory: the sockets below it must fit in the 107 bytes of a socket's path.
 const MAX_PATH_BYTES: usize = 107 - "/run/0123456789abcdef0/console".len();
+
+/// What is read of a settings file; one that is longer is not understood.
+const MAX_SMALL_FILE_BYTES: u64 = 64 << 10;
 
 /// The data directory and the paths in it.
 #[derive(Debug, Clone)]
@@ -83,10 +89,20 @@ impl DataDir {
         self.root.join("catalog.db")
     }
 
-    /// The image store.
+    /// The image store, unless the data directory is bound to another one.
     #[must_use]
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Which store this data directory belongs to.
+    pub(crate) fn store_binding(&self) -> PathBuf {
+        self.root.join("store.json")
+    }
+
+    /// What is kept on this host of a store that lies elsewhere; it can be made again.
+    pub(crate) fn store_state(&self) -> PathBuf {
+        self.root.join("store-state")
     }
 
     /// The base cache.
@@ -155,6 +171,13 @@ impl InstanceDir {
 
 fn make_private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Reads one of the small JSON files of the data directory.
+pub(crate) fn read_small_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_SMALL_FILE_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Replaces a file as a whole: readers see the old or the new one. Durable when this returns.

@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::fmt;
 
+use bulbil_store::{StoreError, StoreErrorKind};
+
 /// What kind of failure it is; programs match it, messages may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -19,6 +21,10 @@ pub enum ErrorCode {
     MissingProgram,
     /// It did not happen in time.
     Timeout,
+    /// The data directory belongs to another store than was asked for.
+    OtherStore,
+    /// The store is encrypted, and its key is missing or wrong.
+    StoreKey,
     /// The user asked to stop.
     Cancelled,
     /// Something failed that should not.
@@ -66,6 +72,19 @@ impl ControlError {
             self.causes.push(format!("launched before that, and running: {}", names.join(", ")));
         }
         self
+    }
+
+    /// An error of a store.
+    pub(crate) fn store(message: impl Into<String>, error: &StoreError) -> Self {
+        let code = match error.kind() {
+            StoreErrorKind::NoSpace => ErrorCode::NoSpace,
+            StoreErrorKind::Source => ErrorCode::Invalid,
+            StoreErrorKind::Cancelled => ErrorCode::Cancelled,
+            StoreErrorKind::Timeout => ErrorCode::Timeout,
+            StoreErrorKind::Key => ErrorCode::StoreKey,
+            _ => ErrorCode::Failed,
+        };
+        Self::with_source(code, message, error)
     }
 
     pub(crate) fn io(message: impl Into<String>, error: &std::io::Error) -> Self {

@@ -66,7 +66,7 @@ impl ConvertObserver for Observer {
 pub(crate) type ContentsInUse = Arc<Mutex<Vec<Digest>>>;
 
 /// Keeps a content in the store as long as it lives.
-struct UseOfContent {
+pub(crate) struct UseOfContent {
     digest: Digest,
     all: ContentsInUse,
 }
@@ -102,13 +102,7 @@ impl Control {
         request: ExportRequest,
         progress: mpsc::Sender<ExportProgress>,
     ) -> Result<WrittenFile, ControlError> {
-        let (image, in_use) = {
-            // Nobody decides meanwhile that nothing needs this content.
-            let _no_removal = self.image_uses.lock().await;
-            let image = self.image(image).await?;
-            let in_use = UseOfContent::begin(image.digest, &self.contents_in_use);
-            (image, in_use)
-        };
+        let (image, in_use) = self.use_image(image).await?;
         let (store, exported) = (Arc::clone(&self.store), image.clone());
         let written = tokio::task::spawn_blocking(move || {
             let _in_use = in_use;
@@ -122,13 +116,22 @@ impl Control {
         Ok(written)
     }
 
-    /// The contents that are being exported.
+    /// Finds an image and keeps its content in the store as long as the second value lives.
+    pub(crate) async fn use_image(&self, image: &str) -> Result<(ImageRecord, UseOfContent), ControlError> {
+        // Nobody decides meanwhile that nothing needs this content.
+        let _no_removal = self.image_uses.lock().await;
+        let image = self.image(image).await?;
+        let in_use = UseOfContent::begin(image.digest, &self.contents_in_use);
+        Ok((image, in_use))
+    }
+
+    /// The contents that are being exported or copied.
     pub(crate) fn contents_in_use(&self) -> Vec<Digest> {
         self.contents_in_use.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Frees the content of an image that was removed while it was being exported.
-    async fn free_if_removed(&self, image: &ImageRecord) {
+    /// Frees the content of an image that was removed while it was being exported or copied.
+    pub(crate) async fn free_if_removed(&self, image: &ImageRecord) {
         let freed = async {
             if self.images().await?.iter().any(|other| other.digest == image.digest) {
                 return Ok(());

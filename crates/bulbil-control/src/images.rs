@@ -2,24 +2,24 @@
 //!
 //! The file is parsed by an image reader, a process of its own (`reader`); here its answers are stored.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulbil_format::Format;
-use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreError, StoreErrorKind};
+use bulbil_store::{DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreErrorKind};
 use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
 
 use crate::catalog::first_version;
+use crate::content_lease::leased_contents;
 use crate::control::{Control, now};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::ImageRecord;
 use crate::reader::{ImageReader, ReaderError, ReaderJob};
 
 /// Means the newest version where an image is named, so no version may be called so.
-const NEWEST: &str = "latest";
+pub(crate) const NEWEST: &str = "latest";
 
 /// What to import and as what.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
@@ -58,9 +58,15 @@ pub struct ImportProgress {
 }
 
 /// Passes progress on and stops the import when nobody listens any more.
-struct Observer {
+pub(crate) struct Observer {
     progress: mpsc::Sender<ImportProgress>,
     cancelled: Arc<AtomicBool>,
+}
+
+impl Observer {
+    pub(crate) fn new(progress: mpsc::Sender<ImportProgress>) -> Self {
+        Self { progress, cancelled: Arc::default() }
+    }
 }
 
 impl ImportObserver for Observer {
@@ -102,10 +108,7 @@ impl Control {
     ) -> Result<(ImageRecord, bool), ControlError> {
         let name = request.name.clone().map_or_else(|| name_of_file(&request.path), Ok)?;
         let version = request.version.clone().unwrap_or_else(first_version);
-        if version.as_str() == NEWEST {
-            let text = format!("no version may be called `{NEWEST}`: it means the newest one");
-            return Err(ControlError::new(ErrorCode::Invalid, text));
-        }
+        check_version(&version)?;
         let format = request.format.as_deref().map(str::parse::<Format>).transpose();
         let format =
             format.map_err(|e| ControlError::with_source(ErrorCode::Invalid, cannot_import(&request.path), &e))?;
@@ -214,28 +217,26 @@ impl Control {
         Ok(image)
     }
 
-    /// Frees every content that no image, no instance and no export refers to: that of an image that
+    /// Frees every content that nothing refers to: that of an image that
     /// was just removed, and what an import has left that was killed before it was catalogued.
     ///
     /// The caller holds the lock on changes of images, so no import is between store and catalog.
     pub(crate) async fn drop_unused_content(&self) -> Result<(), ControlError> {
-        let no_new_use = Arc::clone(&self.image_uses).lock_owned().await;
-        let images = self.catalog.images().await?.into_iter().map(|image| image.digest);
-        let instances = self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest);
-        let exported = self.contents_in_use();
-        let used: HashSet<_> = images.chain(instances).chain(exported).collect();
+        self.give_up_unused(false).await?;
         let store = Arc::clone(&self.store);
-        let freed = tokio::task::spawn_blocking(move || {
-            for digest in store.digests()?.iter().filter(|digest| !used.contains(digest)) {
-                store.remove_manifest(digest)?;
-            }
-            // Without its manifest a content cannot be launched any more, so launches may go on.
-            drop(no_new_use);
-            store.sweep()
-        });
+        let freed = tokio::task::spawn_blocking(move || store.sweep());
         let freed = freed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e))?;
-        freed.map(drop).map_err(|e| store_error("cannot free unused space", &e))
+        freed.map(drop).map_err(|e| ControlError::store("cannot free unused space", &e))
     }
+}
+
+/// Refuses the version that means another one.
+pub(crate) fn check_version(version: &Name) -> Result<(), ControlError> {
+    if version.as_str() == NEWEST {
+        let text = format!("no version may be called `{NEWEST}`: it means the newest one");
+        return Err(ControlError::new(ErrorCode::Invalid, text));
+    }
+    Ok(())
 }
 
 fn import_blocking(
@@ -249,10 +250,10 @@ fn import_blocking(
     let reader = ImageReader::open(program, job).map_err(|e| reader_error(&what, &e))?;
     let format = reader.format().to_owned();
     let boot_mode = boot_mode(&reader).map_err(|e| read_error(&what, &reader, &*e))?;
-    let observer = Observer { progress, cancelled: Arc::default() };
+    let observer = Observer::new(progress);
     let report = store.import(&reader, &observer).map_err(|e| match e.kind() {
         StoreErrorKind::Source => read_error(&what, &reader, &e),
-        _ => store_error(&what, &e),
+        _ => ControlError::store(&*what, &e),
     })?;
     Ok(Imported { report, format, boot_mode })
 }
@@ -281,16 +282,6 @@ fn read_error(what: &str, reader: &ImageReader, error: &(dyn std::error::Error +
 
 fn cannot_import(path: &Path) -> String {
     format!("cannot import `{}`", path.display())
-}
-
-fn store_error(message: &str, error: &StoreError) -> ControlError {
-    let code = match error.kind() {
-        StoreErrorKind::NoSpace => ErrorCode::NoSpace,
-        StoreErrorKind::Source => ErrorCode::Invalid,
-        StoreErrorKind::Cancelled => ErrorCode::Cancelled,
-        _ => ErrorCode::Failed,
-    };
-    ControlError::with_source(code, message, error)
 }
 
 /// Makes a name of a file's: without its extension, other characters as `-`.

@@ -448,6 +448,7 @@ impl Control {
         };
         let (volumes, volume_id, directory) =
             (self.volumes.clone(), instance.record.volume_id.clone(), self.data.instance(id));
+        let base = volumes.record(&volume_id).ok().and_then(|volume| volume.base);
         // A large overlay takes a while.
         let removed = tokio::task::spawn_blocking(move || (volumes.remove(&volume_id), directory.remove())).await;
         let (volume, files) = removed.map_err(|e| failed(&e))?;
@@ -455,6 +456,10 @@ impl Control {
         files.map_err(|e| failed(&e))?;
         self.catalog.remove_instance(id).await?;
         tracing::info!(instance = %id, name = %instance.record.name, "instance removed");
+        // A snapshot has put its volume above another content than the image's.
+        if base.is_some_and(|base| base != instance.record.image_digest) {
+            self.free_content().await;
+        }
         Ok(instance)
     }
 }

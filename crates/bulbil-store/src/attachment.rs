@@ -31,9 +31,14 @@ impl AttachmentKind {
 
     /// The content to which an attachment object of a known kind belongs.
     pub(crate) fn content_of(object_name: &str) -> Option<ContentName> {
+        Self::parse(object_name).map(|(_, content)| content)
+    }
+
+    /// The kind and the content of an attachment object; `None` for one of an unknown kind.
+    pub(crate) fn parse(object_name: &str) -> Option<(Self, ContentName)> {
         let (kind, hex) = object_name.strip_prefix("attachments/")?.split_once('/')?;
-        Self::ALL.iter().find(|known| known.as_str() == kind)?;
-        ContentName::parse(hex)
+        let kind = Self::ALL.into_iter().find(|known| known.as_str() == kind)?;
+        Some((kind, ContentName::parse(hex)?))
     }
 
     fn as_str(self) -> &'static str {
@@ -50,12 +55,8 @@ impl Store {
     /// # Errors
     /// `Io`, `NoSpace`, `Timeout`.
     pub fn put_attachment(&self, digest: &Digest, kind: AttachmentKind, bytes: &[u8]) -> Result<(), StoreError> {
-        let mut object = MAGIC.to_vec();
-        object.extend_from_slice(bytes);
-        let hash = blake3::hash(&object);
-        object.extend_from_slice(hash.as_bytes());
-        let name = self.attachment_name(digest, kind);
-        self.objects.put(&name, &self.encrypt_object(EncryptedKind::Attachment, &name, object)?)
+        let name = object_name(self.content_name(digest), kind);
+        self.objects.put(&name, &self.encrypt_object(EncryptedKind::Attachment, &name, encode(bytes))?)
     }
 
     /// Reads an attachment of a content.
@@ -63,15 +64,28 @@ impl Store {
     /// # Errors
     /// `NotFound` when it has none of this kind; `Corrupt`, `Io`, `Timeout`.
     pub fn attachment(&self, digest: &Digest, kind: AttachmentKind) -> Result<Vec<u8>, StoreError> {
-        let name = self.attachment_name(digest, kind);
-        let bytes = self.decrypt_object(EncryptedKind::Attachment, &name, self.objects.get(&name, MAX_BYTES)?)?;
-        let damaged = || StoreError::corrupt(format!("the attachment {} of {digest} is damaged", kind.as_str()));
+        self.read_attachment(&object_name(self.content_name(digest), kind))
+    }
+
+    /// Reads the attachment in an object.
+    pub(crate) fn read_attachment(&self, name: &str) -> Result<Vec<u8>, StoreError> {
+        let bytes = self.decrypt_object(EncryptedKind::Attachment, name, self.objects.get(name, MAX_BYTES)?)?;
+        let damaged = || StoreError::corrupt(format!("the attachment `{name}` is damaged"));
         let (content, hash) = bytes.split_last_chunk::<32>().ok_or_else(damaged)?;
         let sound = content.starts_with(MAGIC) && blake3::hash(content).as_bytes() == hash;
         sound.then(|| content[MAGIC.len()..].to_vec()).ok_or_else(damaged)
     }
+}
 
-    fn attachment_name(&self, digest: &Digest, kind: AttachmentKind) -> String {
-        format!("attachments/{}/{}", kind.as_str(), self.content_name(digest))
-    }
+/// Makes the object of an attachment.
+pub(crate) fn encode(bytes: &[u8]) -> Vec<u8> {
+    let mut object = MAGIC.to_vec();
+    object.extend_from_slice(bytes);
+    let hash = blake3::hash(&object);
+    object.extend_from_slice(hash.as_bytes());
+    object
+}
+
+fn object_name(content: ContentName, kind: AttachmentKind) -> String {
+    format!("attachments/{}/{content}", kind.as_str())
 }

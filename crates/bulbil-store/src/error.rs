@@ -59,6 +59,12 @@ impl StoreError {
         Self::corrupt(format!("pack {pack}: a frame is shorter than the manifest says"))
     }
 
+    /// An image record whose content is not known, and must therefore not be freed.
+    #[must_use]
+    pub fn unreadable_record(object: &str) -> Self {
+        Self::corrupt(format!("the image record `{object}` cannot be read; nothing is freed until it is removed"))
+    }
+
     pub(crate) fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::NotFound => StoreErrorKind::NotFound,

@@ -77,6 +77,12 @@ pub(crate) fn decode(stored: &[u8], codec: Codec, blocks: u16, hash: &[u8; 32]) 
     Ok(plain)
 }
 
+/// Decompresses a frame of which only the bound is known; `None` when it does not give whole blocks.
+pub(crate) fn decompress_unknown(stored: &[u8]) -> Option<Vec<u8>> {
+    let plain = decompress(stored, FRAME_LEN).ok()?;
+    (!plain.is_empty() && plain.len().is_multiple_of(BLOCK_LEN)).then_some(plain)
+}
+
 fn decompress(stored: &[u8], plain_len: usize) -> std::io::Result<Vec<u8>> {
     thread_local! {
         // A context is 128 KiB and slow to make.

@@ -40,7 +40,8 @@ const LEASES: &str = "leases";
 const ENDS: &str = "ends";
 
 /// How long a lease lasts after it was last renewed.
-const DURATION: Duration = Duration::from_secs(600);
+const DURATION: Duration = Duration::from_millis(DURATION_MS);
+const DURATION_MS: u64 = 600_000;
 /// A renewal that failed is tried again after this time.
 const RETRY: Duration = Duration::from_secs(10);
 /// A holder that could not renew for so long gives up, well before anybody else takes it for dead.
@@ -87,12 +88,21 @@ pub(crate) struct Void {
 }
 
 impl Void {
+    /// Nothing larger is a void object.
+    pub(crate) const MAX_BYTES: u64 = 256;
+
     pub(crate) fn encoded(lease: &str) -> Result<Vec<u8>, StoreError> {
-        Ok(sealed::encode(&Self { void: lease.to_owned(), random: sealed::random_id()? }))
+        Ok(Self::with(lease, sealed::random_id()?))
     }
 
+    pub(crate) fn with(lease: &str, random: String) -> Vec<u8> {
+        sealed::encode(&Self { void: lease.to_owned(), random })
+    }
+
+    /// Whether an object is a void one, also when it is damaged: then it must not pass for a damaged manifest,
+    /// which may be deleted.
     pub(crate) fn is(bytes: &[u8]) -> bool {
-        bytes.starts_with(b"{") && sealed::decode::<Self>("void", bytes).is_ok()
+        bytes.iter().zip(b"{\"void\":").filter(|(found, expected)| found == expected).count() > 4
     }
 }
 
@@ -119,6 +129,7 @@ fn read_end(objects: &dyn Objects, id: &str) -> Result<End, StoreError> {
 pub(crate) struct WriteLease {
     objects: Arc<dyn Objects>,
     id: String,
+    condemned: HashSet<PackId>,
     unusable: HashSet<PackId>,
     renewal: Arc<Renewal>,
     thread: Option<JoinHandle<()>>,
@@ -161,13 +172,14 @@ impl WriteLease {
             purpose: purpose.to_owned(),
             generation: 0,
             started_ms: now_ms,
-            expires_ms: now_ms.saturating_add(DURATION.as_millis() as u64),
+            expires_ms: now_ms.saturating_add(DURATION_MS),
             process: ProcessId::own(),
         };
         let state = RenewalState { stop: false, ended: false, renewed: Instant::now() };
         let mut lease = Self {
             id: sealed::random_id()?,
             objects: Arc::clone(&objects),
+            condemned: HashSet::new(),
             unusable: HashSet::new(),
             renewal: Arc::new(Renewal { state: Mutex::new(state), changed: Condvar::new() }),
             thread: None,
@@ -178,16 +190,21 @@ impl WriteLease {
         objects.put(&lease_name(&lease.id), &sealed::encode(&document))?;
         let newest = list::read_newest(&*objects)?;
         if let Some(list) = newest.list? {
-            lease.unusable.extend(list.packs.iter().map(|pack| pack.id));
+            lease.condemned.extend(list.packs.iter().map(|pack| pack.id));
             document.generation = newest.generation;
             objects.put(&lease_name(&lease.id), &sealed::encode(&document))?;
         }
-        lease.unusable.extend(crate::scrub::quarantine::packs(&*objects)?);
+        lease.unusable = &lease.condemned | &crate::scrub::quarantine::packs(&*objects)?;
         lease.start_renewing(document, Arc::clone(&store.clock))?;
         Ok(lease)
     }
 
-    /// Packs to which nothing new may refer: condemned or quarantined.
+    /// Packs that may be going: no manifest may be published that refers to one.
+    pub(crate) fn condemned(&self) -> &HashSet<PackId> {
+        &self.condemned
+    }
+
+    /// Packs to which no block is matched: condemned or quarantined.
     pub(crate) fn unusable(&self) -> &HashSet<PackId> {
         &self.unusable
     }
@@ -245,11 +262,6 @@ impl WriteLease {
         outcome
     }
 
-    /// Lets the lease stay until it expires, because an announced name may still be put.
-    pub(crate) fn leave_to_expire(&mut self) {
-        self.leave = true;
-    }
-
     fn start_renewing(&mut self, document: LeaseDocument, clock: Arc<dyn Clock>) -> Result<(), StoreError> {
         let (objects, id, renewal) = (Arc::clone(&self.objects), self.id.clone(), Arc::clone(&self.renewal));
         let run = move || renew(&*objects, &id, document, &*clock, &renewal);
@@ -277,7 +289,7 @@ fn renew(objects: &dyn Objects, id: &str, mut document: LeaseDocument, clock: &d
             return;
         }
         drop(state);
-        document.expires_ms = clock.now_ms().saturating_add(DURATION.as_millis() as u64);
+        document.expires_ms = clock.now_ms().saturating_add(DURATION_MS);
         let renewed = match read_end(objects, id) {
             Ok(End::Expired { .. }) => {
                 renewal.lock().ended = true;
@@ -368,7 +380,7 @@ pub(crate) fn survey(
 
 fn has_expired(lease: &LeaseDocument, now_ms: u64) -> bool {
     // A clock that is far ahead must not protect for ever.
-    let too_late = now_ms.saturating_add(2 * DURATION.as_millis() as u64);
+    let too_late = now_ms.saturating_add(2 * DURATION_MS);
     lease.expires_ms < now_ms || lease.expires_ms > too_late || lease.process.as_ref().is_some_and(ProcessId::has_ended)
 }
 

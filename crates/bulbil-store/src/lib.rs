@@ -15,12 +15,18 @@
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
 //! | `scrub` | reads everything again, quarantines what is damaged |
+//! | `import` | the pipeline that reads, matches, compresses and writes in parallel; whole disks, or changes of one |
+//! | `leaves` | the hashes of a content's windows, so that a change needs no reading of the rest |
+//! | `repack`, `relocate` | moves blocks in use out of packs that go |
+//! | `scrub` | reads everything again, quarantines what is damaged, heals |
 //! | `objects` | the seam to storage: named objects, durable when put |
+//! | `image_record` | images that a store offers by name |
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
 //! | `encryption` | keys, where they come from, encrypted packs and objects |
 //! | `cipher` | encryption of blocks in files of this host |
+//! | `stats` | what the store holds and what each content costs |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
 //! # Trust
@@ -38,22 +44,33 @@ mod encryption;
 mod error;
 mod frame;
 mod gc;
+#[cfg(test)]
+mod golden;
+mod image_record;
 mod import;
 mod index;
 mod lease;
+mod leaves;
+mod liveness;
 mod manifest;
 mod marking;
 mod matching;
 mod objects;
 mod pack;
+mod pack_rebuild;
+mod pack_writer;
 mod process;
 mod publish;
 mod published;
 mod reads;
+mod relocate;
+mod repack;
 mod scrub;
 mod sealed;
 mod settings;
+mod stats;
 mod store;
+mod stored_disk;
 
 pub use attachment::AttachmentKind;
 pub use cipher::{BlockCipher, OverlayKey};
@@ -62,7 +79,8 @@ pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use encryption::{KeyProvider, KeySlot, KeySource, StoreKey, write_new_key_file};
 pub use error::{StoreError, StoreErrorKind};
 pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
-pub use import::{DiskSource, ImportObserver, ImportReport, SourceError};
+pub use image_record::{StoredImage, StoredImages};
+pub use import::{ChangedDisk, DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{
     DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,
@@ -71,4 +89,10 @@ pub use objects::{
 pub use pack::PackId;
 pub use published::OwnerId;
 pub use reads::{FrameRun, PackLayout};
+pub use repack::{RepackReport, RepackedPack};
+pub use scrub::{
+    BlockUse, ContentHit, FrameHealer, ManifestDamage, ObjectDamage, PackDamage, ScrubObserver, ScrubOptions,
+    ScrubReport, SecondStore, WantedFrame,
+};
+pub use stats::{ContentStats, StoreStats};
 pub use store::{Store, StoreOptions, StoreUsage};

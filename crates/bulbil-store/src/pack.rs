@@ -42,7 +42,7 @@ const MAGIC: &[u8; 8] = b"BULBPACK";
 const FOOTER_MAGIC: &[u8; 8] = b"BULBFOOT";
 const VERSION: u32 = 1;
 const ENCRYPTED_VERSION: u32 = 2;
-const HEADER_BYTES: usize = 32;
+pub(crate) const HEADER_BYTES: usize = 32;
 const FRAME_RECORD_BYTES: usize = 48;
 const TRAILER_BYTES: usize = 64;
 
@@ -149,6 +149,40 @@ impl Footer {
             }
         }
     }
+
+    /// Makes the footer of a pack with these frames and blocks, which is not encrypted.
+    pub(crate) fn new(id: PackId, frames: Vec<FrameRecord>, blocks: Vec<BlockHash>) -> Self {
+        let bytes = footer_bytes(&frames, &blocks);
+        Self { digest: footer_digest(id, &bytes), frames, blocks, cipher: None }
+    }
+}
+
+/// Encodes the records of frames and the hashes of blocks.
+fn footer_bytes(frames: &[FrameRecord], blocks: &[BlockHash]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(frames.len() * FRAME_RECORD_BYTES + blocks.len() * 16);
+    for frame in frames {
+        bytes.extend_from_slice(&frame.hash);
+        bytes.extend_from_slice(&frame.offset.to_le_bytes());
+        bytes.extend_from_slice(&frame.stored_bytes.to_le_bytes());
+        bytes.extend_from_slice(&frame.blocks.to_le_bytes());
+        bytes.extend_from_slice(&[frame.codec as u8, 0]);
+    }
+    bytes.extend_from_slice(blocks.as_flattened());
+    bytes
+}
+
+/// Checks the bytes of a pack that no reader needs: its header, and what is reserved at its end.
+pub(crate) fn check_unread_bytes(id: PackId, bytes: &[u8]) -> Result<(), &'static str> {
+    let header = bytes.get(..HEADER_BYTES).ok_or("too short")?;
+    let version_and_flags = bytes.len().checked_sub(16).and_then(|at| bytes.get(at..at + 8)).ok_or("too short")?;
+    let known = match u32_at(header, 8) {
+        VERSION => u32_at(header, 12) == 0,
+        version => version == ENCRYPTED_VERSION && u32_at(header, 12) & 0xffff == 1,
+    };
+    if &header[..8] != MAGIC || !known || header[16..] != id.0 {
+        return Err("the header is damaged");
+    }
+    if header[8..16] != *version_and_flags { Err("header and trailer do not agree") } else { Ok(()) }
 }
 
 /// A pack that is being filled.
@@ -170,7 +204,7 @@ pub(crate) struct FinishedPack {
 }
 
 impl PackBuilder {
-    /// Begins a pack that is not encrypted; stores begin theirs with [`Store::pack_builder`](crate::Store).
+    /// Begins a pack that is not encrypted; stores begin theirs with `Store::pack_builder`.
     pub(crate) fn new(id: PackId) -> Self {
         Self::with(id, None)
     }
@@ -218,14 +252,7 @@ impl PackBuilder {
 
     pub(crate) fn finish(mut self) -> FinishedPack {
         let footer_offset = self.bytes.len();
-        for frame in &self.frames {
-            self.bytes.extend_from_slice(&frame.hash);
-            self.bytes.extend_from_slice(&frame.offset.to_le_bytes());
-            self.bytes.extend_from_slice(&frame.stored_bytes.to_le_bytes());
-            self.bytes.extend_from_slice(&frame.blocks.to_le_bytes());
-            self.bytes.extend_from_slice(&[frame.codec as u8, 0]);
-        }
-        self.bytes.extend_from_slice(self.blocks.as_flattened());
+        self.bytes.extend_from_slice(&footer_bytes(&self.frames, &self.blocks));
         let mut places = (footer_offset as u64).to_le_bytes().to_vec();
         places.extend_from_slice(&u32::try_from(self.frames.len()).expect("bounded").to_le_bytes());
         places.extend_from_slice(&u32::try_from(self.blocks.len()).expect("bounded").to_le_bytes());

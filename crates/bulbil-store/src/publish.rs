@@ -46,21 +46,57 @@ impl Store {
         }
     }
 
-    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on.
+    /// Lists the contents that this owner has published, or that no owner is known of, in no order.
+    ///
+    /// In an encrypted store every manifest is read once for it.
+    ///
+    /// # Errors
+    /// `Io`, `Timeout`; in an encrypted store also `Corrupt`.
+    pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
+        let mut found = HashSet::new();
+        for (name, len_bytes) in self.objects.list("manifests")? {
+            let Some(published) = Published::parse(&name) else { continue };
+            let mine = published.owner.is_none_or(|owner| owner == self.owner);
+            if mine && !self.is_void(&name, len_bytes)? {
+                found.extend(self.digest_of(&published)?);
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// Whether the object of this size under the name of a manifest says that nothing was published.
+    fn is_void(&self, name: &str, len_bytes: u64) -> Result<bool, StoreError> {
+        if !(8..=Void::MAX_BYTES).contains(&len_bytes) {
+            return Ok(false);
+        }
+        match self.objects.get_range(name, 0, 8) {
+            Err(e) if e.kind() == StoreErrorKind::NotFound => Ok(true),
+            other => Ok(Void::is(&other?)),
+        }
+    }
+
+    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on, unless
+    /// `always` asks for a new edition.
     ///
     /// When it fails, the manifest may be there nevertheless; the lease sees to it that its packs are
     /// protected as long as that is not known.
     ///
     /// # Errors
     /// `Timeout` when the lease was ended meanwhile; `Io`, `NoSpace`, `Corrupt`.
-    pub(crate) fn publish(&self, lease: &mut WriteLease, manifest: &Manifest) -> Result<bool, StoreError> {
+    pub(crate) fn publish(
+        &self,
+        lease: &mut WriteLease,
+        manifest: &Manifest,
+        always: bool,
+    ) -> Result<bool, StoreError> {
         let digest = manifest.digest();
         let mut stored = self.published(&digest)?;
         stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
         let mut useless = Vec::new();
         for published in &stored {
             match self.stored_manifest(published)? {
-                Stored::Manifest(found) if self.has_packs_of(&found)? => return Ok(false),
+                Stored::Manifest(found) if !always && self.has_packs_of(&found)? => return Ok(false),
+                Stored::Manifest(_) if always => {}
                 Stored::Void | Stored::Gone => {}
                 Stored::Manifest(_) | Stored::Damaged(_) => useless.push(published.object_name()),
             }
@@ -140,9 +176,11 @@ fn next_edition(stored: &[Published]) -> Result<u32, StoreError> {
     let too_many = || StoreError::corrupt("the manifests of a content have no number left");
     match newest {
         Some(edition) => edition.checked_add(1).ok_or_else(too_many),
-        None => {
-            let random = OwnerId::random()?.low_bits();
-            Ok(random >> 1)
-        }
+        None => first_edition(),
     }
+}
+
+/// A random number in the lower half of all.
+pub(crate) fn first_edition() -> Result<u32, StoreError> {
+    Ok(OwnerId::random()?.low_bits() >> 1)
 }

@@ -89,7 +89,7 @@ impl ContentName {
 }
 
 /// A manifest object by its name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Published {
     pub(crate) content: ContentName,
     /// `None` in stores made before owners were told apart.

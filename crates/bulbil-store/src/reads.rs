@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::{StoreError, StoreErrorKind};
+use crate::error::StoreError;
 use crate::manifest::PackRef;
 use crate::pack::{Footer, PackId};
 use crate::store::Store;
@@ -118,6 +118,7 @@ impl Store {
     }
 
     /// Decodes and verifies the stored bytes of one frame: the one way from stored to plain bytes.
+    #[allow(clippy::unused_self, reason = "what decodes belongs to the store")]
     pub(crate) fn decode_stored(
         &self,
         pack: PackId,
@@ -126,8 +127,7 @@ impl Store {
         stored: &[u8],
     ) -> Result<Vec<u8>, StoreError> {
         footer.decode_frame(number, stored).map_err(|error| {
-            let kind: StoreErrorKind = error.kind();
-            StoreError::with_source(kind, format!("pack {pack}, frame {number} is damaged"), error)
+            StoreError::with_source(error.kind(), format!("pack {pack}, frame {number} is damaged"), error)
         })
     }
 }

@@ -1,9 +1,12 @@
 //! What a store is: its format and its keys, in one object.
 //!
 //! ```text
-//! bulbil-store.json   { "format_version": 1, "block_hash_key": 64 hexadecimal digits }
+//! bulbil-store.json   { "format_version": 1, "block_hash_key": 64 hexadecimal digits, "key_check": 16 digits }
 //!                     { "format_version": 2, "store_id": 32 hexadecimal digits }      an encrypted store
 //! ```
+//! `key_check` is the beginning of BLAKE3 of the key's digits: with a key that is wrong by one digit nothing
+//! that is stored would be recognised. Older stores have none.
+//!
 //! Written once when the store is made. The keys of an encrypted store are in `keys/`, see `encryption`.
 
 use std::sync::Arc;
@@ -14,7 +17,7 @@ use crate::error::{StoreError, StoreErrorKind};
 use crate::objects::Objects;
 use crate::store::StoreOptions;
 
-const NAME: &str = "bulbil-store.json";
+pub(crate) const NAME: &str = "bulbil-store.json";
 const MAX_BYTES: u64 = 64 << 10;
 const PLAIN: u32 = 1;
 const ENCRYPTED: u32 = 2;
@@ -25,6 +28,8 @@ struct PlainDocument {
     format_version: u32,
     /// Keys the hashes of blocks, so that nobody outside can prepare two blocks with one hash.
     block_hash_key: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key_check: Option<String>,
 }
 
 /// Settings of an encrypted store.
@@ -56,9 +61,7 @@ impl Settings {
             other => parse(&other?)?,
         };
         match (document, &options.key) {
-            (Document::Plain(document), None) => {
-                Ok(Self { block_hash_key: parse_key(&document.block_hash_key)?, keyring: None })
-            }
+            (Document::Plain(document), None) => Ok(Self { block_hash_key: document.key()?, keyring: None }),
             (Document::Encrypted(document), Some(provider)) => {
                 let keyring = Keyring::open(Arc::clone(objects), document.store_id, &**provider)?;
                 Ok(Self { block_hash_key: keyring.block_hash().clone(), keyring: Some(Arc::new(keyring)) })
@@ -102,7 +105,8 @@ fn create_plain(objects: &dyn Objects) -> Result<Document, StoreError> {
     let mut key = [0; 32];
     fill_random(&mut key)?;
     let block_hash_key = Digest::from_bytes(key).to_hex();
-    let document = PlainDocument { format_version: PLAIN, block_hash_key };
+    let key_check = Some(key_check(&block_hash_key));
+    let document = PlainDocument { format_version: PLAIN, block_hash_key, key_check };
     let text = serde_json::to_vec_pretty(&document).expect("settings are plain data");
     if objects.put_if_absent(NAME, &text)? {
         return Ok(Document::Plain(document));
@@ -127,8 +131,17 @@ fn parse(bytes: &[u8]) -> Result<Document, StoreError> {
     }
 }
 
-fn parse_key(hex: &str) -> Result<Secret, StoreError> {
-    let digest: Result<Digest, _> = format!("sha256:{hex}").parse();
-    let key = digest.map_err(|_| StoreError::corrupt("the store's block hash key is not 64 digits"))?;
-    Ok(Secret::new(*key.as_bytes()))
+fn key_check(digits: &str) -> String {
+    blake3::hash(digits.as_bytes()).to_hex()[..16].to_owned()
+}
+
+impl PlainDocument {
+    fn key(&self) -> Result<Secret, StoreError> {
+        if self.key_check.as_ref().is_some_and(|check| *check != key_check(&self.block_hash_key)) {
+            return Err(StoreError::corrupt("the store's block hash key does not match its check"));
+        }
+        let digest: Result<Digest, _> = format!("sha256:{}", self.block_hash_key).parse();
+        let key = digest.map_err(|_| StoreError::corrupt("the store's block hash key is not 64 digits"))?;
+        Ok(Secret::new(*key.as_bytes()))
+    }
 }

@@ -180,11 +180,16 @@ impl Store {
 
     /// Lists the manifests of a content, of all owners, in no order.
     pub(crate) fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
-        let mut found: Vec<_> = self.objects.list(&published::directory(self.content_name(digest)))?;
+        self.published_as(self.content_name(digest))
+    }
+
+    /// Lists the manifests of the content of this name, of all owners, in no order.
+    pub(crate) fn published_as(&self, content: ContentName) -> Result<Vec<Published>, StoreError> {
+        let mut found: Vec<_> = self.objects.list(&published::directory(content))?;
         let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
         if !found.iter().any(own) {
             // Perhaps one of a store made before owners were told apart.
-            let old = Published { content: self.content_name(digest), owner: None, edition: 0 };
+            let old = Published { content, owner: None, edition: 0 };
             match self.objects.get_range(&old.object_name(), 0, 1) {
                 Err(e) if matches!(e.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => {}
                 other => found.push((old.object_name(), other?.len() as u64)),
@@ -196,19 +201,6 @@ impl Store {
     /// Lists every manifest of every owner, in no order.
     pub(crate) fn all_published(&self) -> Result<Vec<Published>, StoreError> {
         Ok(self.objects.list("manifests")?.iter().filter_map(|(name, _)| Published::parse(name)).collect())
-    }
-
-    /// Lists the contents that this owner has published, or that no owner is known of, in no order.
-    ///
-    /// In an encrypted store every manifest is read once for it.
-    ///
-    /// # Errors
-    /// `Io`; in an encrypted store also `Corrupt`.
-    pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
-        let mine = |p: &Published| p.owner.is_none_or(|owner| owner == self.owner);
-        let found = self.all_published()?.into_iter().filter(mine);
-        let found = found.filter_map(|published| self.digest_of(&published).transpose());
-        Ok(found.collect::<Result<HashSet<_>, _>>()?.into_iter().collect())
     }
 
     /// Reads and verifies one frame; returns its plain bytes, whole blocks.

@@ -99,6 +99,11 @@ id!(
     VolumeId,
     "vol"
 );
+id!(
+    /// Identifies a snapshot of a volume, for example `snap-0123456789abcdef0`.
+    SnapshotId,
+    "snap"
+);
 
 #[cfg(test)]
 mod tests {

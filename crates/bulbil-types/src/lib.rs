@@ -9,7 +9,7 @@ mod machine;
 mod names;
 mod size;
 
-pub use ids::{ImageId, InstanceId, ParseIdError, VolumeId};
+pub use ids::{ImageId, InstanceId, ParseIdError, SnapshotId, VolumeId};
 pub use machine::{Architecture, BootMode, ParseWordError, Personality};
 pub use names::{ImageRef, Name, ParseNameError};
 pub use size::{ByteSize, ParseSizeError};

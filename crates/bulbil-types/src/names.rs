@@ -12,7 +12,7 @@ pub enum ParseNameError {
     #[error("`{0}` is not a name: use 1 to 63 letters, digits, `-`, `_` or `.`, beginning with a letter or a digit")]
     Shape(String),
     /// It would read as an id.
-    #[error("`{0}` looks like an id: names may not begin with `ami-`, `i-` or `vol-` and hexadecimal digits")]
+    #[error("`{0}` looks like an id: names may not begin with `ami-`, `i-`, `vol-` or `snap-` and hexadecimal digits")]
     LooksLikeId(String),
 }
 

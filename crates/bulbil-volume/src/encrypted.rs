@@ -71,14 +71,18 @@ pub fn open_for_store(
             }
             key
         }
-        // Without a map no block of the data files counts.
-        Marker::None | Marker::Damaged if directory.open("map").map_err(fail)?.is_none() => {
+        Marker::None | Marker::Damaged if !is_written(&*directory).map_err(fail)? => {
             make_marker(&*directory, store).map_err(fail)?
         }
         Marker::None => return Err(refused("the overlay was written without encryption, and the store is encrypted")),
         Marker::Damaged => return Err(refused("the overlay's file `cipher` is damaged")),
     };
     Ok(Arc::new(EncryptedDirectory { inner: directory, key: Arc::new(key), path: String::new() }))
+}
+
+/// Whether a layer may hold content: without a map no block of its data files counts.
+fn is_written(directory: &dyn StorageDirectory) -> io::Result<bool> {
+    Ok(directory.open("map")?.is_some() || directory.list()?.iter().any(|name| name.starts_with("layer.")))
 }
 
 fn refused(message: &str) -> VolumeError {
@@ -157,6 +161,32 @@ impl StorageDirectory for EncryptedDirectory {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         Ok(self.wrap(name, self.inner.create(name)?))
+    }
+
+    fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
+        let path = format!("{}{name}/", self.path);
+        Arc::new(Self { inner: self.inner.subdirectory(name), key: Arc::clone(&self.key), path })
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.inner.list()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.inner.remove(name)
+    }
+
+    /// Small files hold no content of the disk.
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.inner.read(name)
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.inner.replace(name, bytes)
     }
 }
 
@@ -308,6 +338,10 @@ impl StorageFile for EncryptedFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.inner.sync_data()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.inner.next_data(offset)
     }
 }
 

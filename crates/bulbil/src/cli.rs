@@ -3,13 +3,17 @@
 use std::path::PathBuf;
 
 use bulbil_api::Wait;
-use bulbil_control::{Format, PublishedPort};
+use bulbil_control::{
+    CacheSize, Format, KeySource, PublishedPort, StoreChoice, StoreLocation, parse_key_source, parse_location,
+};
 use bulbil_types::{ByteSize, Name, Personality};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use crate::cli_disk::{DiskCommand, ExportArgs, InputArgs};
+use crate::cli_store::{CopyArgs, StoreCommand};
+use crate::cli_volume::{MountArgs, SnapshotCommand, VolumeCommand};
 
 /// Clone and launch operating system images in seconds, on your own machines.
 #[derive(Debug, Parser)]
@@ -36,9 +40,25 @@ pub(crate) struct Global {
     /// Directory that holds everything [default: ~/.local/share/bulbil]
     #[arg(long, global = true, env = "BULBIL_DATA_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) data_dir: Option<PathBuf>,
+    /// Store that the images are in: a path, file:///PATH or s3://BUCKET/PREFIX [default: in the data directory]
+    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+    pub(crate) store: Option<StoreLocation>,
+    /// Key of an encrypted store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE", value_parser = parse_key_source)]
+    pub(crate) store_key: Option<KeySource>,
+    /// Most space that the cache of read image data takes, such as 20GiB, or unlimited; kept until it is said otherwise
+    #[arg(long, global = true, env = "BULBIL_CACHE_SIZE", value_name = "SIZE")]
+    pub(crate) cache_size: Option<CacheSize>,
     /// How results are written
     #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: OutputFormat,
+}
+
+impl Global {
+    /// What was said about the store.
+    pub(crate) fn store_choice(&self) -> StoreChoice {
+        StoreChoice { location: self.store.clone(), key: self.store_key.clone() }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -51,12 +71,18 @@ pub(crate) enum OutputFormat {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Import, list, show, export and remove images
+    /// Import, list, show, export, mount and remove images
     #[command(subcommand)]
     Image(ImageCommand),
     /// Show, check and convert disk image files, without images and instances
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Create, list, resize, snapshot, clone, serve, mount and remove volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// List, show and remove snapshots of volumes
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Start a new instance of an image, or of a disk image file
     Launch(LaunchArgs),
     /// List instances
@@ -155,7 +181,7 @@ pub(crate) enum Command {
         #[arg(short, long)]
         force: bool,
     },
-    /// See what the image store takes
+    /// See what the image store takes, free what is unused, find damage, change keys
     #[command(subcommand)]
     Store(StoreCommand),
     /// Check what this machine offers and what is missing
@@ -192,12 +218,6 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum StoreCommand {
-    /// Add up packs and manifests
-    Stats,
-}
-
-#[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
     /// Import a disk image file
     #[command(
@@ -216,9 +236,18 @@ pub(crate) enum ImageCommand {
         #[command(flatten)]
         input: InputArgs,
     },
-    /// List images
-    #[command(visible_alias = "ls")]
-    List,
+    /// List images, here or of another store
+    #[command(visible_alias = "ls", after_help = "Example:\n  bulbil image list --from s3://images/team")]
+    List {
+        /// List what this store offers
+        #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+        from: Option<StoreLocation>,
+        /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "from")]
+        from_key: Option<KeySource>,
+    },
+    /// Copy an image to or from another store: only what is missing there is sent
+    Copy(CopyArgs),
     /// Show an image in full
     #[command(visible_alias = "info")]
     Show {
@@ -228,6 +257,15 @@ pub(crate) enum ImageCommand {
     },
     /// Write an image to a disk image file
     Export(ExportArgs),
+    /// Show an image as the file DIR/disk.raw until it is unmounted or Ctrl-C
+    #[command(after_help = "Example:\n  mkdir disk && bulbil image mount debian-12 disk")]
+    Mount {
+        /// Name, name:version or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
+        image: String,
+        #[command(flatten)]
+        place: MountArgs,
+    },
     /// Remove images and free what nothing else uses
     Rm {
         /// Names, name:version or ids

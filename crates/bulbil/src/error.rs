@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use bulbil_api::ClientError;
-use bulbil_control::ControlError;
+use bulbil_control::{ControlError, ErrorCode};
 
 /// Formats that are refused here by these names, and that QEMU reads.
 const QEMU_READS: [&str; 6] = ["QED", "Parallels", "Bochs", "cloop", "DMG", "COWD"];
@@ -42,6 +42,23 @@ impl CliError {
         Self { causes: vec![error.to_string()], status, ..Self::new(message) }
     }
 
+    /// What another `bulbil` wrote to its standard error before it ended: its last error, with causes and hint.
+    pub(crate) fn of_process(message: &str, stderr: &str) -> Self {
+        let lines: Vec<_> = stderr.lines().filter(|line| !line.trim().is_empty()).collect();
+        let Some(start) = lines.iter().rposition(|line| line.starts_with("error: ")) else {
+            return Self::new(message).caused_by(*lines.last().unwrap_or(&"it said nothing"));
+        };
+        lines[start..].iter().fold(Self::new(message), |error, line| {
+            if let Some(cause) = line.strip_prefix("error: ").or_else(|| line.strip_prefix("  caused by: ")) {
+                error.caused_by(cause)
+            } else if let Some(hint) = line.strip_prefix("hint: ") {
+                error.hint(hint)
+            } else {
+                error
+            }
+        })
+    }
+
     /// A file that was named cannot be opened.
     pub(crate) fn cannot_open(file: &std::path::Path, error: &std::io::Error) -> Self {
         let failed = Self::io(format!("cannot open `{}`", file.display()), error);
@@ -56,6 +73,11 @@ impl CliError {
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint.get_or_insert(hint.into());
         self
+    }
+
+    /// Replaces a hint by one that knows the command.
+    pub(crate) fn hint_instead(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
     }
 
     /// Adds a hint when the API answered with this code.
@@ -159,6 +181,14 @@ impl From<ControlError> for CliError {
     fn from(error: ControlError) -> Self {
         let code = Some(error.code());
         Self { causes: error.causes().to_vec(), code, ..Self::new(error.to_string()) }
+            .hint_for(
+                ErrorCode::OtherStore,
+                "copy images between stores with `bulbil image copy`, or use another --data-dir",
+            )
+            .hint_for(
+                ErrorCode::StoreKey,
+                "say where the key of the store is: --store-key file:PATH or command:PROGRAM",
+            )
     }
 }
 

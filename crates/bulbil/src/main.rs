@@ -4,6 +4,8 @@
 
 mod cli;
 mod cli_disk;
+mod cli_store;
+mod cli_volume;
 mod commands;
 mod daemon;
 mod error;

@@ -3,6 +3,7 @@
 use std::io;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulbil_types::InstanceId;
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::machine::{self, ServedDisk};
 use super::ssh::{self, Look, SshTarget};
+use super::volume_requests::OpenDisk;
 use super::{ShimRequest, network};
 use crate::control::now;
 use crate::data_dir::{DataDir, InstanceDir, replace_file};
@@ -111,7 +113,7 @@ fn lock_instance(directory: &InstanceDir) -> Result<std::fs::File, ControlError>
 }
 
 /// Each pack of an image is a file of the base cache.
-fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
@@ -132,9 +134,10 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
     let listener = listen(&directory.socket("shim"))?;
     let (states, _) = watch::channel(RunState { shim_pid: Some(std::process::id()), ..RunState::pending(now()) });
     let (request_sender, requests) = mpsc::channel(16);
-    tokio::spawn(serve_clients(listener, states.subscribe(), request_sender));
+    let open_disk = Arc::new(OpenDisk::default());
+    tokio::spawn(serve_clients(listener, states.subscribe(), request_sender, Arc::clone(&open_disk)));
 
-    let disk = ServedDisk::open(data, &record)?;
+    let mut disk = ServedDisk::open(data, &record)?;
     let user_data = match std::fs::read(directory.file("user-data")) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         other => Some(other.map_err(|e| ControlError::io("cannot read the user data", &e))?),
@@ -150,7 +153,8 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
     let ssh_port = network::open_ports(&record, &handle).await?;
     let target =
         SshTarget { port: ssh_port, identity: keys::own_private_key(data), known_hosts: directory.file("known_hosts") };
-    let machine = machine::start(&program, directory, &record, &view).await?;
+    let machine = machine::start(&program, directory, &record, &view, &mut disk).await?;
+    disk.open_to(data, &open_disk);
     let ssh = SshAccess {
         address: "127.0.0.1".to_owned(),
         port: ssh_port,
@@ -169,6 +173,7 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
         target,
         states,
         requests,
+        open_disk,
         started_at,
         progress: BootProgress::new(expect),
         console: ConsoleTail::new(directory.file("serial.log")),
@@ -199,11 +204,16 @@ fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     UnixListener::bind(path).map_err(fail)
 }
 
-async fn serve_clients(listener: UnixListener, states: watch::Receiver<RunState>, requests: mpsc::Sender<ShimRequest>) {
+async fn serve_clients(
+    listener: UnixListener,
+    states: watch::Receiver<RunState>,
+    requests: mpsc::Sender<ShimRequest>,
+    open_disk: Arc<OpenDisk>,
+) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(serve_client(stream, states.clone(), requests.clone()));
+                tokio::spawn(serve_client(stream, states.clone(), requests.clone(), Arc::clone(&open_disk)));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client");
@@ -213,8 +223,13 @@ async fn serve_clients(listener: UnixListener, states: watch::Receiver<RunState>
     }
 }
 
-async fn serve_client(stream: UnixStream, states: watch::Receiver<RunState>, requests: mpsc::Sender<ShimRequest>) {
-    let (reader, writer) = stream.into_split();
+async fn serve_client(
+    stream: UnixStream,
+    states: watch::Receiver<RunState>,
+    requests: mpsc::Sender<ShimRequest>,
+    open_disk: Arc<OpenDisk>,
+) {
+    let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     if BufReader::new(reader.take(MAX_REQUEST_BYTES)).read_line(&mut line).await.is_err() {
         return;
@@ -224,7 +239,13 @@ async fn serve_client(stream: UnixStream, states: watch::Receiver<RunState>, req
             // A client that is gone ends this; there is nobody to tell.
             drop(tell_states(writer, states).await);
         }
-        Ok(request) => drop(requests.send(request).await),
+        Ok(request @ ShimRequest::Stop { .. }) => drop(requests.send(request).await),
+        Ok(request) => {
+            if let Some(line) = open_disk.answer(&request).await {
+                // Who asked may be gone; the volume is as it was asked for all the same.
+                drop(writer.write_all(&line).await);
+            }
+        }
         Err(error) => tracing::warn!(%error, "a client sent no request"),
     }
 }
@@ -280,6 +301,7 @@ struct Watcher<'a> {
     target: SshTarget,
     states: watch::Sender<RunState>,
     requests: mpsc::Receiver<ShimRequest>,
+    open_disk: Arc<OpenDisk>,
     started_at: Instant,
     progress: BootProgress,
     console: ConsoleTail,
@@ -310,6 +332,7 @@ impl Watcher<'_> {
             }
         };
         self.seen.connected = true;
+        self.open_disk.set_qmp(qmp.clone());
         self.set_state(InstanceState::Running);
         let (found_sender, mut found) = mpsc::channel(4);
         let looking = tokio::spawn(look_into_guest(self.target.clone(), self.states.subscribe(), found_sender));

@@ -7,11 +7,11 @@ pub(crate) mod disks;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bulbil_control::{Control, ControlError, DataDir, ImageRecord, ImportRequest};
+use bulbil_control::{Control, ControlError, DataDir, ImageRecord, ImportRequest, StoreChoice, open_cache, open_store};
 use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_store::{Digest, Store, StoreUsage};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BaseCache, VolumeDirectory};
+use bulbil_volume::VolumeDirectory;
 
 /// A data directory of its own; it goes with the value.
 pub(crate) struct Host {
@@ -50,7 +50,9 @@ impl Host {
 
     /// Opens the data directory for a daemon that is this program.
     pub(crate) fn open_with(&mut self, program: &Path) {
-        self.control = Some(self.runtime.block_on(Control::open(self.data(), program.to_owned())).unwrap());
+        self.control = Some(
+            self.runtime.block_on(Control::open(self.data(), &StoreChoice::default(), program.to_owned())).unwrap(),
+        );
     }
 
     pub(crate) fn control(&self) -> &Arc<Control> {
@@ -85,7 +87,7 @@ impl Host {
     }
 
     pub(crate) fn store(&self) -> Store {
-        Store::open_or_create(&self.data().store()).unwrap()
+        open_store(&self.data(), &StoreChoice::default()).unwrap().0
     }
 
     /// Serves a new volume over a content while `with_socket` runs.
@@ -93,7 +95,7 @@ impl Host {
         let (data, store) = (self.data(), self.store());
         let manifest = store.manifest(digest).unwrap();
         let volumes = VolumeDirectory::open(&data.volumes()).unwrap();
-        let cache = BaseCache::open(&data.cache()).unwrap();
+        let cache = open_cache(&data).unwrap();
         let id = VolumeId::random();
         volumes.create(&id, manifest.size_bytes(), Some(&manifest)).unwrap();
         let volume = volumes.open_volume(&id, &Arc::new(store), &Arc::new(cache)).unwrap();

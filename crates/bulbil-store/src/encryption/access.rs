@@ -145,18 +145,22 @@ impl Store {
     /// # Errors
     /// `Corrupt` when it has to be read and cannot be; `Io`, `Timeout`, `Key`.
     pub(crate) fn digest_of(&self, published: &Published) -> Result<Option<Digest>, StoreError> {
-        let content = published.content;
-        if !self.is_encrypted() {
-            return Ok(Some(Digest::from_bytes(content.0)));
-        }
-        if let Some(digest) = self.contents.lock().expect("no panic while held").get(&content) {
-            return Ok(Some(*digest));
+        if let Some(digest) = self.known_digest(published.content) {
+            return Ok(Some(digest));
         }
         match self.stored_manifest(published)? {
             Stored::Manifest(manifest) => Ok(Some(manifest.digest())),
             Stored::Void | Stored::Gone => Ok(None),
             Stored::Damaged(error) => Err(error),
         }
+    }
+
+    /// The digest of a content by its name: `None` in an encrypted store that has read no manifest of it.
+    pub(crate) fn known_digest(&self, content: ContentName) -> Option<Digest> {
+        if !self.is_encrypted() {
+            return Some(Digest::from_bytes(content.0));
+        }
+        self.contents.lock().expect("no panic while held").get(&content).copied()
     }
 
     /// Makes of a plain object what is stored under this name.

@@ -54,7 +54,12 @@ impl Store {
     /// # Errors
     /// `Corrupt` when a manifest cannot be read, and then nothing was deleted; `Io`, `Timeout`, `NoSpace`.
     pub fn collect(&self, options: &GcOptions) -> Result<GcReport, StoreError> {
-        self.cycle(options, None)
+        let repack = match options.repack_below_percent {
+            0 => None,
+            percent => Some(self.repack(percent, options.dry_run)?),
+        };
+        let report = self.cycle(options, None)?;
+        Ok(GcReport { repack, ..report })
     }
 
     /// Deletes every pack that no manifest refers to and no lease protects, and returns the bytes freed.
@@ -139,9 +144,10 @@ impl Store {
                 self.objects.delete(name)?;
                 report.deleted_manifests += 1;
             }
-            for name in newest.older.into_iter().chain([list::object_name(newest.generation)]) {
-                self.objects.delete(&name)?;
-            }
+            self.objects.delete(&list::object_name(newest.generation))?;
+        }
+        for name in newest.older {
+            self.objects.delete(&name)?;
         }
         if live_leases.is_empty() {
             report.deleted_attachments = self.delete_orphans(&attachments, &marks.contents)?;

@@ -8,6 +8,7 @@ use super::plan::{Decided, Verdict};
 use crate::lease::FoundLease;
 use crate::pack::PackId;
 use crate::published::OwnerId;
+use crate::repack::RepackReport;
 
 /// What a collection did; of a dry run, what it would do.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -32,6 +33,8 @@ pub struct GcReport {
     pub deleted_manifests: u64,
     /// Attachments deleted, of contents that have no manifest.
     pub deleted_attachments: u64,
+    /// What was rewritten before; `None` when that was not asked for.
+    pub repack: Option<RepackReport>,
 }
 
 impl GcReport {

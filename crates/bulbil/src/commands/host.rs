@@ -4,13 +4,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use bulbil_api::{Client, ClientError};
-use bulbil_control::{DataDir, HostCheck, HostReport};
-use bulbil_types::ByteSize;
+use bulbil_control::{DataDir, HostCheck, HostReport, StoreChoice};
 
-use super::Context;
 use crate::daemon;
 use crate::error::{CliError, CliResult};
-use crate::output::{Printer, fields, table};
+use crate::output::{Printer, table};
 
 /// Tries KVM; the parent kills this process when it hangs.
 pub(crate) fn kvm_probe() -> CliResult<ExitCode> {
@@ -32,7 +30,7 @@ pub(crate) fn image_reader(self_test: bool, printer: &Printer) -> CliResult<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<ExitCode> {
+pub(crate) async fn doctor(data_root: &Path, store: &StoreChoice, printer: &Printer) -> CliResult<ExitCode> {
     let search_path = std::env::var_os("PATH").unwrap_or_default();
     let mut report = HostReport::of_this_host(data_root, &daemon::own_program()?, &search_path).await;
     let daemon = match Client::new(&data_root.join("run/bulbil.sock")).health().await {
@@ -42,6 +40,7 @@ pub(crate) async fn doctor(data_root: &Path, printer: &Printer) -> CliResult<Exi
     };
     let (ok, detail) = daemon;
     report.checks.push(HostCheck { name: "daemon".to_owned(), ok, optional: false, detail });
+    report.add_store(data_root, store).await;
     printer.result(&report, || {
         let row = |check: &HostCheck| {
             let word = match (check.ok, check.optional) {
@@ -78,18 +77,4 @@ pub(crate) async fn shutdown(data_root: &Path, printer: &Printer) -> CliResult<(
         }
         Err(error) => Err(error.into()),
     }
-}
-
-pub(crate) async fn store_stats(context: &Context<'_>) -> CliResult<()> {
-    let usage = context.client.store_usage().await?;
-    context.printer.result(&usage, || {
-        let number = |name: &str| usage.get(name).and_then(serde_json::Value::as_u64).unwrap_or_default();
-        let size = |name: &str| format!("{} ({})", ByteSize(number(name)), number(name));
-        fields(&[
-            ("packs", number("packs").to_string()),
-            ("pack bytes", size("pack_bytes")),
-            ("manifests", number("manifests").to_string()),
-            ("manifest bytes", size("manifest_bytes")),
-        ])
-    })
 }

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use bulbil_api::Event;
-use bulbil_control::{ErrorCode, ExportRequest, Format, ImageRecord, ImportRequest};
+use bulbil_control::{ErrorCode, ExportRequest, Format, ImageRecord, ImportRequest, OtherStore};
 use bulbil_types::ByteSize;
 
-use super::{Context, disk};
+use super::{Context, disk, image_copy, volume_use};
 use crate::cli::{ImageCommand, NameAndVersion};
 use crate::cli_disk::{ExportArgs, InputArgs};
 use crate::error::{CliError, CliResult};
@@ -19,12 +19,17 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
             let image = import(context, &file, name, format, input, "--format").await?;
             context.printer.result(&image, || image.id.to_string())
         }
-        ImageCommand::List => list(context).await,
+        ImageCommand::List { from: Some(location), from_key } => {
+            image_copy::list_offered(context, OtherStore { location, key: from_key }).await
+        }
+        ImageCommand::List { from: None, .. } => list(context).await,
+        ImageCommand::Copy(arguments) => image_copy::copy(context, arguments).await,
         ImageCommand::Show { image } => {
             let found = context.client.image(&image).await.map_err(|e| with_image_hint(e.into()))?;
             context.printer.result(&found, || describe(&found))
         }
         ImageCommand::Export(arguments) => export(context, arguments).await,
+        ImageCommand::Mount { image, place } => volume_use::mount_image(context, &image, &place.directory).await,
         ImageCommand::Rm { images } => remove(context, &images).await,
     }
 }

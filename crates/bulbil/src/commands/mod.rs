@@ -4,16 +4,20 @@ mod console;
 mod disk;
 mod host;
 mod image;
+mod image_copy;
 mod instance;
 mod launch;
+mod store;
+mod volume;
+mod volume_use;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use bulbil_control::DataDir;
+use bulbil_control::{CacheSize, DataDir, StoreChoice};
 use clap::CommandFactory as _;
 
-use crate::cli::{Cli, Command, StoreCommand};
+use crate::cli::{Cli, Command};
 use crate::daemon;
 use crate::error::{CliError, CliResult};
 use crate::output::Printer;
@@ -27,11 +31,12 @@ pub(crate) struct Context<'a> {
 
 /// Runs a command; the exit status is that of a command in a guest, or success.
 pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
+    let (store, cache_size) = (cli.global.store_choice(), cli.global.cache_size);
     let data_root = || cli.global.data_dir.clone().map_or_else(daemon::default_data_dir, Ok);
     match cli.command {
         Command::Serve { detached } => {
             log_to_stderr("info");
-            daemon::serve(&data_root()?, detached)?;
+            daemon::serve(&data_root()?, &store, cache_size, detached)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Shim { instance } => {
@@ -64,7 +69,7 @@ pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
             log_to_stderr("warn");
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|e| CliError::io("cannot start the runtime", &e))?;
-            let result = runtime.block_on(run_client(command, data_root()?, printer));
+            let result = runtime.block_on(run_client(command, data_root()?, &store, cache_size, printer));
             // A read of standard input that never ends must not keep the process.
             runtime.shutdown_background();
             result
@@ -72,19 +77,28 @@ pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
     }
 }
 
-async fn run_client(command: Command, data_root: PathBuf, printer: &Printer) -> CliResult<ExitCode> {
+async fn run_client(
+    command: Command,
+    data_root: PathBuf,
+    store: &StoreChoice,
+    cache_size: Option<CacheSize>,
+    printer: &Printer,
+) -> CliResult<ExitCode> {
     if matches!(command, Command::Doctor) {
-        return host::doctor(&data_root, printer).await;
+        return host::doctor(&data_root, store, printer).await;
     }
     if let Command::Shutdown = command {
         host::shutdown(&data_root, printer).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let data = DataDir::open(&data_root)?;
-    let client = daemon::connect(&data).await?;
+    let client = daemon::connect(&data, store).await?;
+    cache_size.map_or(Ok(()), |size| size.set(&data))?;
     let context = Context { data, client, printer };
     match command {
         Command::Image(command) => image::run(&context, command).await?,
+        Command::Volume(command) => volume::run(&context, command).await?,
+        Command::Snapshot(command) => volume::run_snapshot(&context, command).await?,
         Command::Launch(arguments) => launch::launch(&context, arguments).await?,
         Command::List => instance::list(&context).await?,
         Command::Show { instance } => instance::show(&context, &instance).await?,
@@ -100,7 +114,7 @@ async fn run_client(command: Command, data_root: PathBuf, printer: &Printer) -> 
         Command::Start { instance, wait } => launch::start(&context, &instance, wait.wait).await?,
         Command::Reboot { instance, force, wait } => launch::reboot(&context, &instance, force, wait.wait).await?,
         Command::Rm { instances, all, force } => instance::remove(&context, instances, all, force).await?,
-        Command::Store(StoreCommand::Stats) => host::store_stats(&context).await?,
+        Command::Store(command) => store::run(&context, command).await?,
         Command::Doctor
         | Command::Shutdown
         | Command::Serve { .. }

@@ -54,6 +54,20 @@ impl Ran {
         serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("not one JSON document: {error}: {ran}"))
     }
 
+    #[track_caller]
+    pub(crate) fn failed(self) -> Self {
+        assert_eq!(self.status, Some(1), "{self}");
+        self
+    }
+
+    /// Checks an error that comes after lines of a log.
+    #[track_caller]
+    pub(crate) fn refused_with_log(mut self, says: &[&str]) -> Self {
+        let at = self.stderr.find("error: ").unwrap_or_else(|| panic!("no error: {self}"));
+        self.stderr = self.stderr.split_off(at);
+        self.refused(1, says)
+    }
+
     /// Checks an error as a user meets it: nothing on standard output, `error: …`, nothing only a
     /// programmer understands.
     #[track_caller]
@@ -133,7 +147,8 @@ impl Home {
         let mut command = Command::new(program);
         command.env_clear().env("PATH", &self.search_path).env("HOME", self.dir.path()).env("LC_ALL", "C");
         command.env("BULBIL_DATA_DIR", self.data()).env("BULBIL_ACCEL", "tcg").current_dir(self.dir.path());
-        command.stdin(Stdio::null());
+        // Tests read disks of running instances over NBD.
+        command.env("BULBIL_DISK", "nbd").stdin(Stdio::null());
         command
     }
 

@@ -1,0 +1,128 @@
+//! Requests about the volume that a shim has open: it alone can take a snapshot of it or make it larger.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bulbil_vm::Qmp;
+use bulbil_volume::Volume;
+use serde_json::json;
+
+use super::machine::DiskServer;
+use super::{ShimAnswer, ShimRequest, answer_line};
+use crate::content_lease::without_removals;
+use crate::data_dir::DataDir;
+use crate::error::{ControlError, ErrorCode};
+use crate::volume_ops::{self, TakenContent};
+
+/// The name of the disk in QEMU.
+pub(super) const DISK_NODE: &str = "disk0";
+
+/// How long QEMU may take to see a new size of the disk.
+const RESIZE_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long one command may take for that.
+const COMMAND_LIMIT: Duration = Duration::from_secs(5);
+
+/// The volume as requests find it; each part is there once the shim has come so far.
+#[derive(Debug, Default)]
+pub(super) struct OpenDisk {
+    volume: OnceLock<(Arc<Volume>, DiskServer)>,
+    data: OnceLock<DataDir>,
+    qmp: OnceLock<Qmp>,
+    /// Sizes change one at a time.
+    resizing: tokio::sync::Mutex<()>,
+}
+
+impl OpenDisk {
+    pub(super) fn set_volume(&self, data: &DataDir, volume: Arc<Volume>, server: DiskServer) {
+        // Set once, when the shim starts.
+        drop(self.data.set(data.clone()));
+        drop(self.volume.set((volume, server)));
+    }
+
+    pub(super) fn set_qmp(&self, qmp: Qmp) {
+        drop(self.qmp.set(qmp));
+    }
+
+    /// Does what was asked for and gives the line to answer; `None` for other requests.
+    pub(super) async fn answer(&self, request: &ShimRequest) -> Option<Vec<u8>> {
+        match request {
+            ShimRequest::SnapshotVolume => Some(line(self.snapshot().await)),
+            ShimRequest::ResizeVolume { size_bytes } => Some(line(self.resize(*size_bytes).await)),
+            ShimRequest::Watch | ShimRequest::Stop { .. } => None,
+        }
+    }
+
+    fn volume(&self) -> Result<&(Arc<Volume>, DiskServer), ControlError> {
+        self.volume.get().ok_or_else(|| ControlError::new(ErrorCode::InUse, "the instance is just being started"))
+    }
+
+    /// Requests of the guest are answered meanwhile.
+    async fn snapshot(&self) -> Result<TakenContent, ControlError> {
+        let volume = Arc::clone(&self.volume()?.0);
+        let data = self.data.get().cloned();
+        blocking(move || {
+            // The daemon sees to it as well, as long as it lives.
+            let _no_removal = data.map(|data| without_removals(&data)).transpose()?;
+            volume_ops::snapshot_open(&volume)
+        })
+        .await
+    }
+
+    async fn resize(&self, size_bytes: u64) -> Result<(), ControlError> {
+        let _alone = self.resizing.lock().await;
+        let (volume, server) = self.volume()?.clone();
+        let is_nbd = matches!(server, DiskServer::Nbd(_));
+        blocking(move || {
+            volume_ops::grow_open(&volume, size_bytes)?;
+            match server {
+                // A client learns the size of an NBD export when it connects; QEMU connects again by itself.
+                DiskServer::Nbd(server) => server
+                    .replace_device("", volume)
+                    .map_err(|e| ControlError::with_source(ErrorCode::Failed, "cannot serve the larger disk", &e)),
+                // The server hears it from the volume and tells the machine by itself.
+                DiskServer::VhostUser(_) => Ok(()),
+            }
+        })
+        .await?;
+        if is_nbd && let Some(qmp) = self.qmp.get() {
+            // The volume is larger already, and durably so: without this the guest sees it when it starts again.
+            if let Err(error) = tell_guest(qmp, size_bytes).await {
+                tracing::warn!(%error, "the guest does not see the new size of its disk");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes the disk larger in the machine, which tells its guest.
+async fn tell_guest(qmp: &Qmp, size_bytes: u64) -> Result<(), bulbil_vm::QmpError> {
+    let deadline = Instant::now() + RESIZE_LIMIT;
+    loop {
+        // QEMU connects again when it next reads, which an idle guest may not do for long.
+        let read = json!({ "command-line": format!("qemu-io {DISK_NODE} \"read 0 512\"") });
+        qmp.execute_within("human-monitor-command", read, COMMAND_LIMIT).await?;
+        let resize = json!({ "node-name": DISK_NODE, "size": size_bytes });
+        match qmp.execute_within("block_resize", resize, COMMAND_LIMIT).await {
+            Err(error) if Instant::now() < deadline => {
+                tracing::debug!(%error, "the machine does not see the new size yet");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            other => return other.map(drop),
+        }
+    }
+}
+
+fn line<T: serde::Serialize>(done: Result<T, ControlError>) -> Vec<u8> {
+    answer_line(&match done {
+        Ok(value) => ShimAnswer::Done(value),
+        Err(error) => ShimAnswer::Failed(error),
+    })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+) -> Result<T, ControlError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the work on the volume broke off", &e))?
+}

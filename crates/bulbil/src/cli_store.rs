@@ -1,0 +1,95 @@
+//! The command line about stores: `bulbil store …` and `bulbil image copy`.
+
+use std::time::Duration;
+
+use bulbil_control::{KeySource, StoreLocation, parse_key_source, parse_location};
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Subcommand, ValueHint};
+
+use crate::cli::NameAndVersion;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StoreCommand {
+    /// Add up packs and manifests
+    Stats,
+    /// Free what nothing uses any more
+    #[command(after_help = "\
+Examples:
+  bulbil store gc --dry-run          see what would be freed, and why
+  bulbil store gc --grace 7d         leave alone what was in use in the last 7 days
+
+Imports, copies and instances go on meanwhile.")]
+    Gc {
+        /// Change nothing, only tell what would be done
+        #[arg(long)]
+        dry_run: bool,
+        /// How long unused packs stay, such as 90s, 30m, 24h or 7d [default: 0 in a directory, 24h elsewhere]
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        grace: Option<Duration>,
+        /// Leave packs whole that are used in small part
+        #[arg(long)]
+        no_repack: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bulbil image copy debian-12 --to s3://images/team
+  bulbil image copy debian-12 --from s3://images/team --as debian:12.1
+
+A copy that was cut off goes on where it was when it is made again.")]
+pub(crate) struct CopyArgs {
+    /// Image to copy: of this host, or with --from of that store
+    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) image: String,
+    /// Copy it to this store, which is made if there is none
+    #[arg(long, value_name = "LOCATION", value_parser = parse_location, required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
+    pub(crate) to: Option<StoreLocation>,
+    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "from")]
+    pub(crate) to_key: Option<KeySource>,
+    /// Copy it from this store
+    #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+    pub(crate) from: Option<StoreLocation>,
+    /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "to")]
+    pub(crate) from_key: Option<KeySource>,
+    /// Name and version of the copy [default: as the image]
+    #[arg(long = "as", value_name = "NAME[:VERSION]")]
+    pub(crate) name: Option<NameAndVersion>,
+}
+
+/// A hundred years.
+const MAX_DURATION_S: u64 = 36_525 * 86_400;
+
+/// Parses a whole number of seconds, minutes, hours or days.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let usage = || format!("`{text}` is not a duration: write a number and s, m, h or d, such as 24h");
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let units = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
+    let found = units.iter().find_map(|(unit, seconds)| Some((text.strip_suffix(*unit)?, *seconds)));
+    let (number, unit_s) = found.ok_or_else(usage)?;
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(usage());
+    }
+    let number: u64 = number.parse().map_err(|_| usage())?;
+    number.checked_mul(unit_s).filter(|s| *s <= MAX_DURATION_S).map(Duration::from_secs).ok_or_else(usage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_a_number_and_a_unit() {
+        for (text, seconds) in [("0", 0), ("0s", 0), ("90s", 90), ("30m", 1800), ("24h", 86_400), ("7d", 604_800)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "h", "24", "1.5h", "-1h", "+1h", "1w", "24 h", "99999999999999999999h", "36526d", "1ü"] {
+            assert!(parse_duration(text).unwrap_err().contains("24h"), "{text}");
+        }
+    }
+}
