@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use bulbil_store::Digest;
 use bulbil_types::{ByteSize, MAX_DISK_BYTES, Name, SnapshotId, VolumeId};
-use bulbil_volume::{BaseCache, VolumeErrorKind};
+use bulbil_volume::{VolumeErrorKind};
 
 use crate::catalog_volumes::snapshot_name_taken;
 use crate::control::{Control, now};

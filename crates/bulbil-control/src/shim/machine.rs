@@ -35,7 +35,7 @@ pub(super) struct ServedDisk {
 }
 
 /// What serves the disk to the machine.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(super) enum DiskServer {
     Nbd(Arc<ServerHandle>),
     VhostUser(Arc<VhostUserHandle>),
