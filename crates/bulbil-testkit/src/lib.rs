@@ -14,13 +14,13 @@ mod objects;
 mod oracle;
 mod power_loss;
 mod rng;
-mod scripted;
 mod schedule;
+mod scripted;
 
 pub use disk::MemoryDisk;
 pub use objects::{FaultRates, FaultyObjects, ManualClock, MemoryObjects};
 pub use oracle::{DiskOracle, tagged};
 pub use power_loss::PowerLossDirectory;
 pub use rng::Rng;
-pub use scripted::{Answer, Request, ScriptedObjects};
 pub use schedule::{Schedule, ScheduledObjects};
+pub use scripted::{Answer, Request, ScriptedObjects};

@@ -29,6 +29,7 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
             context.printer.result(&found, || describe(&found))
         }
         ImageCommand::Export(arguments) => export(context, arguments).await,
+        ImageCommand::Warm { image } => image_copy::warm(context, &image).await,
         ImageCommand::Rm { images } => remove(context, &images).await,
     }
 }
