@@ -104,4 +104,6 @@ pub mod process {
     pub const KVM_PROBE_COMMAND: &str = "kvm-probe";
     /// `auto`, `kvm` or `tcg`
     pub const ACCEL_VARIABLE: &str = "BULBIL_ACCEL";
+    /// `auto`, `nbd` or `vhost-user`
+    pub const DISK_VARIABLE: &str = "BULBIL_DISK";
 }

@@ -7,14 +7,15 @@
 //!
 //! It ends when its standard input is closed.
 
-use std::fs::File;
+#[path = "support/file_device.rs"]
+mod file_device;
+
 use std::io::{self, Read as _};
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, RwLock};
 
 use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_volume::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
-use rustix::fs::{FallocateFlags, fallocate};
+use file_device::FileDevice;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -31,68 +32,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     io::stdin().read_to_end(&mut Vec::new())?;
     server.shutdown();
     Ok(())
-}
-
-fn io_error(source: io::Error) -> BlockError {
-    BlockError::with_source(BlockErrorKind::Io, "file I/O failed", source)
-}
-
-struct FileDevice {
-    file: File,
-    size_bytes: u64,
-}
-
-impl FileDevice {
-    fn open(path: &str) -> io::Result<Self> {
-        let file = File::options().read(true).write(true).open(path)?;
-        let size_bytes = file.metadata()?.len();
-        Ok(Self { file, size_bytes })
-    }
-
-    fn finish(&self, fua: bool) -> Result<(), BlockError> {
-        if fua { self.flush() } else { Ok(()) }
-    }
-}
-
-impl BlockDevice for FileDevice {
-    fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        self.file.read_exact_at(buf, offset).map_err(io_error)
-    }
-
-    fn is_fast(&self, _offset: u64, _len_bytes: u64) -> bool {
-        true
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, fua: bool) -> Result<(), BlockError> {
-        self.file.write_all_at(buf, offset).map_err(io_error)?;
-        self.finish(fua)
-    }
-
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, fua: bool) -> Result<(), BlockError> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, offset, len_bytes).map_err(|error| io_error(error.into()))?;
-        self.finish(fua)
-    }
-
-    fn discard(&self, offset: u64, len_bytes: u64, fua: bool) -> Result<(), BlockError> {
-        self.write_zeroes(offset, len_bytes, fua)
-    }
-
-    fn flush(&self) -> Result<(), BlockError> {
-        self.file.sync_data().map_err(io_error)
-    }
-
-    fn status(&self, _offset: u64, len_bytes: u64, _max_extents: usize) -> Result<Vec<StatusExtent>, BlockError> {
-        Ok(vec![StatusExtent { len_bytes, kind: ExtentKind::Data }])
-    }
 }
 
 /// Nothing but a copy, so that what is measured is the protocol.

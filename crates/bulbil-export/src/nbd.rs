@@ -36,7 +36,7 @@ mod handshake;
 mod negotiation;
 mod receiver;
 mod server;
-mod socket;
+pub(crate) mod socket;
 mod stats;
 pub mod wire;
 mod workers;
@@ -50,6 +50,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks `mutex` also after a panic elsewhere: every section guarded in this module leaves its
 /// data valid at each step, and one failed connection must not end the others.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -53,11 +53,7 @@ impl Store {
     /// # Errors
     /// `Io`, `NoSpace`, `Timeout`.
     pub fn put_attachment(&self, digest: &Digest, kind: AttachmentKind, bytes: &[u8]) -> Result<(), StoreError> {
-        let mut object = MAGIC.to_vec();
-        object.extend_from_slice(bytes);
-        let hash = blake3::hash(&object);
-        object.extend_from_slice(hash.as_bytes());
-        self.objects.put(&object_name(digest, kind), &object)
+        self.objects.put(&object_name(digest, kind), &encode(bytes))
     }
 
     /// Reads an attachment of a content.
@@ -71,6 +67,15 @@ impl Store {
         let sound = content.starts_with(MAGIC) && blake3::hash(content).as_bytes() == hash;
         sound.then(|| content[MAGIC.len()..].to_vec()).ok_or_else(damaged)
     }
+}
+
+/// Makes the object of an attachment.
+pub(crate) fn encode(bytes: &[u8]) -> Vec<u8> {
+    let mut object = MAGIC.to_vec();
+    object.extend_from_slice(bytes);
+    let hash = blake3::hash(&object);
+    object.extend_from_slice(hash.as_bytes());
+    object
 }
 
 fn object_name(digest: &Digest, kind: AttachmentKind) -> String {

@@ -15,6 +15,8 @@
 //!
 //! An import holds a lease, so that no collection takes what it refers to.
 
+mod changes;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -28,10 +30,14 @@ use crate::error::{StoreError, StoreErrorKind};
 use crate::frame::{self, EncodedFrame};
 use crate::index::{BlockIndex, IndexedPack};
 use crate::lease::WriteLease;
+use crate::leaves::Leaves;
 use crate::manifest::{Extent, Manifest, PackRef};
 use crate::matching::{KnownBlocks, Location, Placement, place_window};
 use crate::pack::{BlockHash, FinishedPack, Footer, PackBuilder, PackId};
 use crate::store::Store;
+
+use changes::Carried;
+pub use changes::ChangedDisk;
 
 /// An error of the disk that is imported, passed on as the cause.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
@@ -77,7 +83,7 @@ pub struct ImportReport {
     pub data_bytes: u64,
     /// Bytes in blocks that were new to the store, before compression.
     pub new_bytes: u64,
-    /// Bytes the store grew by.
+    /// Bytes of packs and manifests that the store grew by.
     pub stored_bytes: u64,
     /// Whether the store held exactly this content before.
     pub existed: bool,
@@ -152,8 +158,9 @@ impl Store {
         always_publish: bool,
     ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
-        let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let (report, leftover) = import_with(self, source, observer, workers, options, always_publish);
+        let begun = WriteLease::begin(self, "import");
+        let imported = begun.map(|lease| import_with(self, lease, source, None, observer, options, always_publish));
+        let (report, leftover) = imported.unwrap_or_else(|error| (Err(error), Vec::new()));
         drop(lock);
         if report.is_ok() || !options.keep_on_failure {
             self.free_leftover(leftover);
@@ -166,19 +173,18 @@ fn source_error(error: SourceError) -> StoreError {
     StoreError::with_source(StoreErrorKind::Source, "cannot read the disk", error)
 }
 
+/// Imports under a lease that was taken before anything that is stored was looked at; returns as well
+/// the packs that were put in vain.
 fn import_with(
     store: &Store,
+    lease: WriteLease,
     source: &dyn DiskSource,
+    carried: Option<Carried<'_>>,
     observer: &dyn ImportObserver,
-    workers: usize,
     options: &ImportOptions,
     always_publish: bool,
 ) -> (Result<ImportReport, StoreError>, Vec<PackId>) {
-    // Before anything that is stored is looked at.
-    let lease = match WriteLease::begin(store, "import") {
-        Ok(lease) => lease,
-        Err(error) => return (Err(error), Vec::new()),
-    };
+    let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let queue = Queue::default();
     let (results, inbox) = mpsc::channel();
     let (pack_sender, pack_receiver) = mpsc::sync_channel::<(u32, FinishedPack)>(PACKS_AHEAD);
@@ -200,7 +206,7 @@ fn import_with(
         });
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
-        let mut import = match Import::new(store, lease, source, observer, &queue, &inbox, pack_sender) {
+        let mut import = match Import::new(store, lease, source, carried, observer, &queue, &inbox, pack_sender) {
             Ok(import) => import,
             Err(error) => return (Err(error), Vec::new()),
         };
@@ -278,8 +284,10 @@ impl Drop for CloseOnDrop<'_> {
     }
 }
 
+type Leaf = [u8; 32];
+
 /// One window of a scan: `None` when it is all zero.
-type ScannedWindow = Option<(/* leaf */ [u8; 32], Vec<Option<BlockHash>>)>;
+type ScannedWindow = Option<(Leaf, Vec<Option<BlockHash>>)>;
 
 struct Scanned {
     first_window: u64,
@@ -462,8 +470,14 @@ struct Import<'a> {
     packs: Option<mpsc::SyncSender<(u32, FinishedPack)>>,
     plan: ScanPlan<'a>,
     known: Known<'a>,
+    /// The content that this one is a change of, if it is one.
+    carried: Option<Carried<'a>>,
+    /// The packs of that content, as its manifest names them.
+    carried_packs: HashMap<u32, PackRef>,
+    numbers: HashMap<PackId, u32>,
     scans: BTreeMap<u64, Scanned>,
     digest: Option<DigestBuilder>,
+    leaves: Leaves,
     extents: Vec<Extent>,
     previous: Option<Location>,
     frame_bytes: Vec<u8>,
@@ -482,6 +496,7 @@ impl<'a> Import<'a> {
         store: &'a Store,
         lease: WriteLease,
         source: &'a dyn DiskSource,
+        carried: Option<Carried<'a>>,
         observer: &'a dyn ImportObserver,
         queue: &'a Queue,
         inbox: &'a Receiver<Outcome>,
@@ -489,6 +504,7 @@ impl<'a> Import<'a> {
     ) -> Result<Self, StoreError> {
         let mut index = store.open_index(lease.unusable())?;
         index.begin_changes()?;
+        let numbers = if carried.is_some() { index.numbers() } else { HashMap::new() };
         Ok(Self {
             lease,
             observer,
@@ -497,8 +513,12 @@ impl<'a> Import<'a> {
             packs: Some(packs),
             plan: ScanPlan { source, data: None, next_window: 0 },
             known: Known { store, index, pending: HashMap::new(), pending_packs: HashMap::new(), last_footer: None },
+            carried,
+            carried_packs: HashMap::new(),
+            numbers,
             scans: BTreeMap::new(),
             digest: Some(DigestBuilder::new(source.size_bytes())),
+            leaves: Leaves::default(),
             extents: Vec::new(),
             previous: None,
             frame_bytes: Vec::with_capacity(FRAME_LEN),
@@ -538,6 +558,7 @@ impl<'a> Import<'a> {
             self.take(&scanned)?;
             self.observer.progress(self.done_bytes.min(self.total_bytes), self.total_bytes, self.stored_bytes);
         }
+        self.carry_rest()?;
         self.finish_packs()
     }
 
@@ -590,14 +611,22 @@ impl<'a> Import<'a> {
         for (offset, window) in scanned.windows.iter().enumerate() {
             let number = scanned.first_window + offset as u64;
             self.done_bytes += FRAME_BYTES;
+            if self.carry_to(number, window)? {
+                continue;
+            }
             if let Some((leaf, hashes)) = window {
-                self.digest.as_mut().expect("taken only at the end").push(number, *leaf);
+                self.push_leaf(number, *leaf);
                 let placements = place_window(hashes, self.previous, &mut self.known)?;
                 let bytes = &scanned.bytes[offset * FRAME_LEN..(offset + 1) * FRAME_LEN];
                 self.place(number, bytes, hashes, &placements)?;
             }
         }
         Ok(())
+    }
+
+    fn push_leaf(&mut self, window: u64, leaf: Leaf) {
+        self.digest.as_mut().expect("taken only at the end").push(window, leaf);
+        self.leaves.push(window, leaf);
     }
 
     fn place(
@@ -718,6 +747,7 @@ impl<'a> Import<'a> {
         let size_bytes = self.plan.source.size_bytes();
         let manifest = self.manifest(digest, size_bytes)?;
         let published = self.known.store.publish(&mut self.lease, &manifest, always)?;
+        self.known.store.keep_leaves(&digest, &self.leaves, !published);
         let manifest_bytes = manifest.encode()?.len() as u64;
         Ok(ImportReport {
             digest,
@@ -738,10 +768,8 @@ impl<'a> Import<'a> {
             let number = match numbers.get(&extent.pack) {
                 Some(number) => *number,
                 None => {
-                    let IndexedPack { id, len_bytes } = self.known.index.packs()[extent.pack as usize];
-                    let footer_digest = self.known.footer(extent.pack)?.digest;
                     let number = u32::try_from(packs.len()).expect("no more than the index numbers");
-                    packs.push(PackRef { id, footer_digest, len_bytes });
+                    packs.push(self.pack_ref(extent.pack)?);
                     numbers.insert(extent.pack, number);
                     number
                 }
@@ -749,6 +777,15 @@ impl<'a> Import<'a> {
             extent.pack = number;
         }
         Manifest::new(size_bytes, digest, packs, extents)
+    }
+
+    fn pack_ref(&mut self, number: u32) -> Result<PackRef, StoreError> {
+        if let Some(pack) = self.carried_packs.get(&number) {
+            return Ok(*pack);
+        }
+        let IndexedPack { id, len_bytes } = self.known.index.packs()[number as usize];
+        let footer_digest = self.known.footer(number)?.digest;
+        Ok(PackRef { id, footer_digest, len_bytes })
     }
 
     /// Closes the index; one that cannot be closed is rebuilt by the next import.

@@ -40,7 +40,8 @@ const LEASES: &str = "leases";
 const ENDS: &str = "ends";
 
 /// How long a lease lasts after it was last renewed.
-const DURATION: Duration = Duration::from_secs(600);
+const DURATION: Duration = Duration::from_millis(DURATION_MS);
+const DURATION_MS: u64 = 600_000;
 /// A renewal that failed is tried again after this time.
 const RETRY: Duration = Duration::from_secs(10);
 /// A holder that could not renew for so long gives up, well before anybody else takes it for dead.
@@ -91,7 +92,11 @@ impl Void {
     pub(crate) const MAX_BYTES: u64 = 256;
 
     pub(crate) fn encoded(lease: &str) -> Result<Vec<u8>, StoreError> {
-        Ok(sealed::encode(&Self { void: lease.to_owned(), random: sealed::random_id()? }))
+        Ok(Self::with(lease, sealed::random_id()?))
+    }
+
+    pub(crate) fn with(lease: &str, random: String) -> Vec<u8> {
+        sealed::encode(&Self { void: lease.to_owned(), random })
     }
 
     /// Whether an object is a void one, also when it is damaged: then it must not pass for a damaged manifest,
@@ -167,7 +172,7 @@ impl WriteLease {
             purpose: purpose.to_owned(),
             generation: 0,
             started_ms: now_ms,
-            expires_ms: now_ms.saturating_add(DURATION.as_millis() as u64),
+            expires_ms: now_ms.saturating_add(DURATION_MS),
             process: ProcessId::own(),
         };
         let state = RenewalState { stop: false, ended: false, renewed: Instant::now() };
@@ -284,7 +289,7 @@ fn renew(objects: &dyn Objects, id: &str, mut document: LeaseDocument, clock: &d
             return;
         }
         drop(state);
-        document.expires_ms = clock.now_ms().saturating_add(DURATION.as_millis() as u64);
+        document.expires_ms = clock.now_ms().saturating_add(DURATION_MS);
         let renewed = match read_end(objects, id) {
             Ok(End::Expired { .. }) => {
                 renewal.lock().ended = true;
@@ -375,7 +380,7 @@ pub(crate) fn survey(
 
 fn has_expired(lease: &LeaseDocument, now_ms: u64) -> bool {
     // A clock that is far ahead must not protect for ever.
-    let too_late = now_ms.saturating_add(2 * DURATION.as_millis() as u64);
+    let too_late = now_ms.saturating_add(2 * DURATION_MS);
     lease.expires_ms < now_ms || lease.expires_ms > too_late || lease.process.as_ref().is_some_and(ProcessId::has_ended)
 }
 

@@ -14,6 +14,9 @@
 //! | `import` | the pipeline that reads, matches, compresses and writes in parallel |
 //! | `publish`, `lease` | how a manifest becomes visible, and what protects its packs until then |
 //! | `marking`, `gc` | which packs are in use, and how the others go |
+//! | `scrub` | reads everything again, quarantines what is damaged |
+//! | `import` | the pipeline that reads, matches, compresses and writes in parallel; whole disks, or changes of one |
+//! | `leaves` | the hashes of a content's windows, so that a change needs no reading of the rest |
 //! | `repack`, `relocate` | moves blocks in use out of packs that go |
 //! | `scrub` | reads everything again, quarantines what is damaged, heals |
 //! | `objects` | the seam to storage: named objects, durable when put |
@@ -39,9 +42,12 @@ mod error;
 mod frame;
 mod gc;
 mod image_record;
+#[cfg(test)]
+mod golden;
 mod import;
 mod index;
 mod lease;
+mod leaves;
 mod liveness;
 mod manifest;
 mod marking;
@@ -70,7 +76,7 @@ pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
 pub use error::{StoreError, StoreErrorKind};
 pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
 pub use image_record::{StoredImage, StoredImages};
-pub use import::{DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
+pub use import::{ChangedDisk, DiskSource, ImportObserver, ImportOptions, ImportReport, SourceError};
 pub use manifest::{Extent, Manifest, PackRef};
 pub use objects::{
     DirObjects, Objects, ParseLocationError, RemoteObjects, RemoteOptions, RemoteStats, S3Location, StoreLocation,

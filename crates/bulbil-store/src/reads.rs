@@ -7,10 +7,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::{StoreError, StoreErrorKind};
+use crate::error::StoreError;
 use crate::frame;
 use crate::manifest::PackRef;
-use crate::pack::{Footer, FrameRecord, PackId};
+use crate::pack::{Footer, PackId};
 use crate::store::Store;
 
 /// The most stored bytes that one run may have; a single frame has at most 128 KiB.
@@ -106,7 +106,7 @@ impl Store {
         let start =
             record.offset.checked_sub(run.offset).and_then(|at| usize::try_from(at).ok()).ok_or_else(missing)?;
         let stored = run.stored.get(start..start.saturating_add(record.stored_bytes as usize)).ok_or_else(missing)?;
-        self.decode_stored(run.pack, frame, record, stored)
+        self.decode_stored(run.pack, &run.footer, frame, stored)
     }
 
     /// The pack's footer, when it is the one that the manifest names.
@@ -119,17 +119,18 @@ impl Store {
     }
 
     /// Decodes and verifies the stored bytes of one frame: the one way from stored to plain bytes.
-    #[allow(clippy::unused_self, reason = "an encrypted store has a key")]
+    #[allow(clippy::unused_self, reason = "what decodes belongs to the store")]
     pub(crate) fn decode_stored(
         &self,
         pack: PackId,
+        footer: &Footer,
         number: u32,
-        record: &FrameRecord,
         stored: &[u8],
     ) -> Result<Vec<u8>, StoreError> {
+        let record = footer.frames.get(number as usize);
+        let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {pack}: no frame {number}")))?;
         frame::decode(stored, record.codec, record.blocks, &record.hash).map_err(|error| {
-            let kind: StoreErrorKind = error.kind();
-            StoreError::with_source(kind, format!("pack {pack}, frame {number} is damaged"), error)
+            StoreError::with_source(error.kind(), format!("pack {pack}, frame {number} is damaged"), error)
         })
     }
 }

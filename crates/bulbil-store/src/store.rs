@@ -23,7 +23,7 @@ const FOOTERS_KEPT: usize = 256;
 const READ_ATTEMPTS: u32 = 100;
 
 /// What is to be known beside where the objects are.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct StoreOptions {
     /// A directory of this host for what can be made again: the deduplication index, locks.
     pub state_directory: PathBuf,
@@ -177,7 +177,7 @@ impl Store {
         let record = footer.frames.get(frame as usize);
         let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
         let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
-        self.decode_stored(pack.id, frame, record, &stored)
+        self.decode_stored(pack.id, &footer, frame, &stored)
     }
 
     /// The cipher of a pack's frames in caches of this host; `None` when the store is not encrypted.

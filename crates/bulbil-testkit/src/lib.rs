@@ -24,3 +24,17 @@ pub use power_loss::PowerLossDirectory;
 pub use rng::Rng;
 pub use schedule::{Schedule, ScheduledObjects};
 pub use scripted::{Answer, Request, ScriptedObjects};
+mod http_proxy;
+mod objects_conformance;
+mod oracle;
+mod power_loss;
+mod rng;
+mod s3_server;
+
+pub use disk::MemoryDisk;
+pub use http_proxy::{Fault, FaultRates, HttpFaultProxy, LoggedRequest, Passed, ProxyOptions};
+pub use objects_conformance::objects_conformance;
+pub use oracle::{DiskOracle, tagged};
+pub use power_loss::PowerLossDirectory;
+pub use rng::Rng;
+pub use s3_server::S3Server;

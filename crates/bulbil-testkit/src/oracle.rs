@@ -48,6 +48,18 @@ impl DiskOracle {
         }
     }
 
+    /// Notes that the disk has grown by blocks of zeroes.
+    pub fn grow(&mut self, blocks: u64) {
+        self.blocks.extend((0..blocks).map(|_| vec![[0; SECTORS]]));
+    }
+
+    /// The content that the disk has while it runs.
+    #[must_use]
+    pub fn newest(&self) -> Vec<u8> {
+        let newest = self.blocks.iter().flat_map(|possible| possible.last().unwrap());
+        newest.flat_map(|tag| tagged(*tag, 1)).collect()
+    }
+
     /// Checks the disk while it runs: every block holds the newest content.
     ///
     /// # Errors

@@ -9,8 +9,8 @@ use bulbil_volume::{StorageDirectory, StorageFile};
 use crate::Rng;
 
 /// The unit a disk writes whole: a page of data, a sector of the map.
-fn atom_bytes(name: &str) -> usize {
-    if name.starts_with("data") { 4096 } else { 512 }
+fn atom_bytes(path: &str) -> usize {
+    if path.rsplit('/').next().is_some_and(|name| name.starts_with("data")) { 4096 } else { 512 }
 }
 
 /// Files in memory that live through crashes as a disk does: after
@@ -19,17 +19,30 @@ fn atom_bytes(name: &str) -> usize {
 ///
 /// A fuse makes every operation fail from a chosen one on, so that the crash comes in the middle of
 /// whatever the code under test was doing.
+///
+/// Small files that are replaced hold the old or the new content after a crash, until the replacement
+/// has returned; what is removed may come back until the removal has.
 #[derive(Debug, Clone, Default)]
 pub struct PowerLossDirectory {
     state: Arc<Mutex<State>>,
+    /// Empty, or where this directory is below the one with the machine's switch, with a `/` at its end.
+    prefix: String,
 }
+
+/// A small file: the content on disk, and those that may be there instead, the newest last.
+type Replaced = (Option<Vec<u8>>, Vec<Vec<u8>>);
 
 #[derive(Debug, Default)]
 struct State {
     files: BTreeMap<String, FileState>,
+    /// Files that were removed, for as long as a loss of power may bring them back.
+    removed: BTreeMap<String, FileState>,
+    /// Small files by path.
+    replaced: BTreeMap<String, Replaced>,
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
+    full: bool,
 }
 
 #[derive(Debug)]
@@ -81,6 +94,11 @@ impl PowerLossDirectory {
         self.state.lock().unwrap().fuse = Some(operations);
     }
 
+    /// Says whether there is no space for small files any more.
+    pub fn set_full(&self, full: bool) {
+        self.state.lock().unwrap().full = full;
+    }
+
     /// Whether operations fail now.
     #[must_use]
     pub fn is_dead(&self) -> bool {
@@ -90,7 +108,19 @@ impl PowerLossDirectory {
     /// The machine loses power: what was not synced is there, or not, unit by unit.
     pub fn lose_power(&self, rng: &mut Rng) {
         let mut state = self.state.lock().unwrap();
+        for (path, file) in std::mem::take(&mut state.removed) {
+            if rng.one_in(2) {
+                state.files.entry(path).or_insert(file);
+            }
+        }
         state.files.values_mut().for_each(|file| file.crash(rng));
+        for (durable, newer) in state.replaced.values_mut() {
+            let survivor = rng.below(newer.len() as u64 + 1) as usize;
+            if survivor < newer.len() {
+                *durable = Some(newer.swap_remove(survivor));
+            }
+            newer.clear();
+        }
         state.fuse = None;
         state.generation += 1;
     }
@@ -100,6 +130,20 @@ impl PowerLossDirectory {
         let mut state = self.state.lock().unwrap();
         state.fuse = None;
         state.generation += 1;
+        state.removed.clear();
+    }
+
+    /// Operations left of those that [`set_fuse`](Self::set_fuse) allowed; `None` when all are.
+    #[must_use]
+    pub fn fuse_left(&self) -> Option<u64> {
+        self.state.lock().unwrap().fuse
+    }
+
+    /// The paths of all files.
+    #[must_use]
+    pub fn paths(&self) -> Vec<String> {
+        let state = self.state.lock().unwrap();
+        state.files.keys().chain(state.replaced.keys()).cloned().collect()
     }
 
     /// Operations of files opened before a crash reach nothing: their process is gone.
@@ -114,40 +158,110 @@ impl PowerLossDirectory {
         Ok(work(&mut state))
     }
 
-    fn file(&self, name: &str, generation: u64) -> Arc<dyn StorageFile> {
-        Arc::new(PowerLossFile { directory: self.clone(), name: name.to_owned(), generation })
+    /// One operation of a process that runs now.
+    fn now<R>(&self, work: impl FnOnce(&mut State) -> R) -> io::Result<R> {
+        let generation = self.state.lock().unwrap().generation;
+        self.with(generation, work)
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn file(&self, path: String) -> Arc<dyn StorageFile> {
+        let generation = self.state.lock().unwrap().generation;
+        Arc::new(PowerLossFile { directory: self.clone(), path, generation })
     }
 }
 
 impl StorageDirectory for PowerLossDirectory {
     fn open(&self, name: &str) -> io::Result<Option<Arc<dyn StorageFile>>> {
-        let state = self.state.lock().unwrap();
-        let generation = state.generation;
-        let exists = state.files.contains_key(name);
-        drop(state);
-        Ok(exists.then(|| self.file(name, generation)))
+        let path = self.path(name);
+        let exists = self.state.lock().unwrap().files.contains_key(&path);
+        Ok(exists.then(|| self.file(path)))
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let generation = self.state.lock().unwrap().generation;
-        self.with(generation, |state| {
-            let empty = FileState { atom: atom_bytes(name), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
-            state.files.insert(name.to_owned(), empty);
+        let path = self.path(name);
+        self.now(|state| {
+            state.removed.remove(&path);
+            let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
+            state.files.entry(path.clone()).or_insert(empty);
         })?;
-        Ok(self.file(name, generation))
+        Ok(self.file(path))
+    }
+
+    fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
+        Arc::new(Self { state: Arc::clone(&self.state), prefix: format!("{}/", self.path(name)) })
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let paths = self.paths();
+        let mut names: Vec<_> = paths
+            .iter()
+            .filter_map(|path| path.strip_prefix(&self.prefix))
+            .map(|rest| rest.split('/').next().unwrap().to_owned())
+            .collect();
+        names.dedup();
+        Ok(names)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let (path, below) = (self.path(name), format!("{}/", self.path(name)));
+        let paths = self.paths();
+        for path in paths.iter().filter(|found| **found == path || found.starts_with(&below)) {
+            self.now(|state| {
+                if let Some(file) = state.files.remove(path) {
+                    state.removed.insert(path.clone(), file);
+                }
+            })?;
+        }
+        self.now(|state| state.removed.retain(|found, _| *found != path && !found.starts_with(&below)))
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let state = self.state.lock().unwrap();
+        let found = state.replaced.get(&self.path(name));
+        Ok(found.and_then(|(durable, newer)| newer.last().or(durable.as_ref()).cloned()))
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let path = self.path(name);
+        // The temporary file; its new name; the sync of the directory.
+        if self.now(|state| state.full)? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.now(|state| state.replaced.entry(path.clone()).or_default().1.push(bytes.to_vec()))?;
+        self.now(|state| {
+            let (durable, newer) = state.replaced.get_mut(&path).unwrap();
+            *durable = newer.pop();
+            newer.clear();
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.now(|state| {
+            for (path, (durable, newer)) in &mut state.replaced {
+                if path.strip_prefix(&self.prefix).is_some_and(|name| !name.contains('/')) {
+                    *durable = newer.pop().or(durable.take());
+                    newer.clear();
+                }
+            }
+        })
     }
 }
 
 #[derive(Debug)]
 struct PowerLossFile {
     directory: PowerLossDirectory,
-    name: String,
+    path: String,
     generation: u64,
 }
 
 impl PowerLossFile {
     fn with<R>(&self, work: impl FnOnce(&mut FileState) -> R) -> io::Result<R> {
-        self.directory.with(self.generation, |state| work(state.files.get_mut(&self.name).unwrap()))
+        let done = self.directory.with(self.generation, |state| state.files.get_mut(&self.path).map(work))?;
+        done.ok_or_else(|| io::Error::other(format!("`{}` was removed", self.path)))
     }
 }
 
@@ -175,5 +289,15 @@ impl StorageFile for PowerLossFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.with(FileState::sync)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.with(|file| {
+            let first = offset / file.atom as u64;
+            let next = [file.durable.range(first..).next().map(|(unit, _)| *unit), {
+                file.unsynced.range(first..).next().map(|(unit, _)| *unit)
+            }];
+            next.into_iter().flatten().min().map(|unit| offset.max(unit * file.atom as u64))
+        })
     }
 }

@@ -11,13 +11,14 @@
 //! version, the accelerator, the meaning of the console, the verdict on a boot, the reason of an exit. Only
 //! [`process`], [`qmp`], [`qemu::QemuBinary::probe`] and [`accel::probe_in_child`] do input and output.
 //!
-//! The crate knows nothing of volumes, networks or metadata: a disk is a socket that speaks NBD, a NIC is a socket
+//! The crate knows nothing of volumes, networks or metadata: a disk is a socket that speaks NBD or vhost-user, a NIC is a socket
 //! that carries Ethernet frames.
 
 #![deny(unsafe_code)]
 
 pub mod accel;
 mod argv;
+pub mod attach;
 pub mod boot;
 pub mod cloud_init;
 pub mod console;
@@ -29,6 +30,7 @@ mod sys;
 
 pub use accel::{AccelChoice, Accelerator, KvmVerdict, ProbeCommand, detect_accelerator, probe_kvm_blocking};
 pub use argv::qemu_argv;
+pub use attach::{DiskAttach, DiskChoice, choose_attach};
 pub use boot::{BootInput, BootPhase, BootProgress, BootVerdict, Expectations, PhaseReached};
 pub use cloud_init::{CloudInitReport, parse_cloud_init_status};
 pub use console::{ConsoleEvent, ConsoleParser};

@@ -226,14 +226,34 @@ impl QemuBinary {
     }
 }
 
+/// Whether QEMU can hand disks to a vhost-user server: it has the device (not every build does) and can share memory.
+/// A QEMU that does not tell is taken for one that cannot.
+pub async fn has_vhost_user_blk(path: &Path) -> bool {
+    // Linux hosts only, and only their byte order is spoken over the shared memory.
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+        return false;
+    }
+    match output(path, &["-device", "help"]).await {
+        Ok(said) => said.contains("name \"vhost-user-blk-pci\""),
+        Err(error) => {
+            tracing::warn!(%error, "cannot ask QEMU for its devices");
+            false
+        }
+    }
+}
+
 async fn first_line(path: &Path, args: &[&str]) -> Result<String, QemuError> {
+    Ok(output(path, args).await?.lines().next().unwrap_or_default().to_owned())
+}
+
+async fn output(path: &Path, args: &[&str]) -> Result<String, QemuError> {
     let output = tokio::process::Command::new(path).args(args).stdin(Stdio::null()).kill_on_drop(true).output();
     let output = tokio::time::timeout(PROBE_TIMEOUT, output)
         .await
         .map_err(|_| QemuError::TimedOut { path: path.to_owned() })?
         .map_err(|source| QemuError::CannotRun { path: path.to_owned(), source })?;
     let said = if output.stdout.is_empty() { output.stderr } else { output.stdout };
-    Ok(String::from_utf8_lossy(&said).lines().next().unwrap_or_default().to_owned())
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 #[cfg(test)]

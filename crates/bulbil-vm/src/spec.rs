@@ -25,6 +25,9 @@ pub const MAX_DISKS: usize = 9;
 /// Free ports that can be reserved for hot plug.
 pub const MAX_HOTPLUG_PORTS: u8 = 12;
 
+/// Queues of a vhost-user disk.
+pub const MAX_DISK_QUEUES: u16 = 16;
+
 /// Processors QEMU's q35 machine takes without an interrupt remapper.
 pub const MAX_CPUS: u32 = 255;
 
@@ -102,7 +105,7 @@ impl Smbios {
     }
 }
 
-/// A virtio-blk disk.
+/// A virtio-blk disk, as the guest sees it whatever its source is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     /// Name of the block node, for QMP (`disk0`); the device is called `<node>-device`.
@@ -130,6 +133,24 @@ pub enum DiskSource {
         #[serde(default)]
         export: String,
     },
+    /// A vhost-user-blk server on a unix socket, which shares the guest's memory. It must be there when QEMU starts;
+    /// when it goes away later QEMU connects again every second, and the guest's requests wait for as long as it takes.
+    /// The serial and whether the disk can be written are the server's to say: those of the [`Disk`] are not used.
+    #[serde(rename = "vhost-user")]
+    VhostUser {
+        /// The server's socket.
+        socket: PathBuf,
+        /// Queues, 1 to [`MAX_DISK_QUEUES`]: as many as the server has.
+        queues: u16,
+    },
+}
+
+impl DiskSource {
+    fn socket(&self) -> &Path {
+        match self {
+            Self::Nbd { socket, .. } | Self::VhostUser { socket, .. } => socket,
+        }
+    }
 }
 
 /// A virtio-net card whose wire is a unix stream socket (4-byte big-endian length, then the frame).
@@ -279,9 +300,7 @@ impl InstanceSpec {
 
     fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let paths = &self.paths;
-        let disks = self.disks.iter().map(|disk| match &disk.source {
-            DiskSource::Nbd { socket, .. } => ("disk socket", socket.as_path()),
-        });
+        let disks = self.disks.iter().map(|disk| ("disk socket", disk.source.socket()));
         [("console socket", paths.console_socket.as_path()), ("QMP socket", paths.qmp_socket.as_path())]
             .into_iter()
             .chain(paths.guest_agent_socket.as_deref().map(|path| ("guest agent socket", path)))
@@ -307,8 +326,12 @@ impl Disk {
             let rule = "the guest sees 20 bytes";
             return Err(SpecError::BadText { what: "disk serial", value: self.serial.clone(), rule });
         }
-        let DiskSource::Nbd { export, .. } = &self.source;
-        check_text("export name", export)
+        match &self.source {
+            DiskSource::Nbd { export, .. } => check_text("export name", export),
+            DiskSource::VhostUser { queues, .. } => {
+                check_range("number of disk queues", (*queues).into(), 1..=MAX_DISK_QUEUES.into(), "1 to 16")
+            }
+        }
     }
 }
 

@@ -117,6 +117,17 @@ fn nocloud_instance_with_a_seed_two_disks_and_kvm() {
 }
 
 #[test]
+fn a_vhost_user_disk_shares_the_memory_and_keeps_its_place() {
+    let mut spec = spec();
+    spec.firmware = Firmware::Uefi(UefiFirmware { code: "/ovmf/code.fd".into(), vars: "/i-1/vars.fd".into() });
+    spec.disks[0].source = DiskSource::VhostUser { socket: "/run/bulbil/i-1/root.sock".into(), queues: 2 };
+    check("uefi-vhost-user", &spec, QEMU_7_2);
+    let wire = |version| lines(&spec, version).lines().find(|l| l.contains("id=disk0-wire")).unwrap().to_owned();
+    assert!(wire(QemuVersion::new(9, 1, 0)).ends_with(",reconnect=1"));
+    assert!(wire(QemuVersion::new(9, 2, 0)).ends_with(",reconnect-ms=1000"));
+}
+
+#[test]
 fn commas_are_doubled_in_values_and_left_alone_in_plain_paths() {
     let mut spec = spec();
     spec.name = "a,b".into();
@@ -167,6 +178,10 @@ fn impossible_specifications_are_refused() {
     refused(|s| s.name = "a\nb".into(), "no control characters");
     refused(|s| s.hotplug_ports = 13, "hot plug ports of 13");
     refused(|s| s.disks[0].serial = "vol-0123456789abcdef0".into(), "the guest sees 20 bytes");
+    let no_queues = |s: &mut InstanceSpec| {
+        s.disks[0].source = DiskSource::VhostUser { socket: "/run/disk".into(), queues: 0 };
+    };
+    refused(no_queues, "number of disk queues of 0");
     refused(|s| s.disks[0].node = "a,b".into(), "disk node name `a,b`");
     refused(|s| s.disks = vec![s.disks[0].clone(); 10], "number of disks of 10");
     refused(|s| s.nic.as_mut().unwrap().mac = "53:54:00:00:00:01".into(), "is not the hardware address");

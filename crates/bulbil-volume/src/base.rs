@@ -83,12 +83,6 @@ impl Base {
         }
     }
 
-    /// Frames that were fetched from the store for this volume.
-    pub(crate) fn frames_fetched(&self) -> u64 {
-        let stats = self.stats();
-        stats.demand_frames + stats.prefetched_frames
-    }
-
     pub(crate) fn stats(&self) -> ReadStats {
         self.counters.snapshot()
     }
@@ -122,7 +116,7 @@ impl Base {
     /// Fills `buf` from `offset`; zeroes past the end of the image.
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
         let len_bytes = buf.len() as u64;
-        if self.recorder.is_active() {
+        if self.recorder.is_active() && !self.recorder.knows(offset, len_bytes) {
             self.recorder.touch(&self.image(), offset, len_bytes);
         }
         let warm = self.image.read().unwrap_or_else(PoisonError::into_inner).read_warm(buf, offset);

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use bulbil_store::{PackRef, Store};
+use bulbil_store::{PackRef, Store, StoreError, StoreErrorKind};
 
 use crate::cache_file::CacheFile;
 use crate::cache_upkeep;
@@ -203,6 +203,16 @@ impl CacheShared {
 pub(crate) struct PackHandle {
     current: RwLock<Option<Arc<CacheFile>>>,
     open_failure_reported: AtomicBool,
+    layout: LayoutGate,
+}
+
+/// Lets one thread read where a pack's frames lie, while others wait for that.
+#[derive(Debug, Default)]
+struct LayoutGate {
+    known: AtomicBool,
+    attempts: AtomicU64,
+    /// Held during an attempt; how the last one failed.
+    failure: Mutex<Option<Arc<StoreError>>>,
 }
 
 /// How a read of the cache went.
@@ -217,6 +227,41 @@ pub(crate) enum CacheRead {
 impl PackHandle {
     pub(crate) fn get(&self) -> Option<Arc<CacheFile>> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sees to it that the store knows where the pack's frames lie.
+    ///
+    /// Who waited for an attempt that failed gets its error, so that a failing store is not waited for by
+    /// one thread after the other.
+    pub(crate) fn know_layout(&self, store: &Store, pack: &PackRef) -> Result<(), Arc<StoreError>> {
+        let gate = &self.layout;
+        if gate.known.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let seen = gate.attempts.load(Ordering::Acquire);
+        let mut failure = lock(&gate.failure);
+        if gate.known.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if gate.attempts.load(Ordering::Acquire) != seen
+            && let Some(error) = &*failure
+        {
+            return Err(Arc::clone(error));
+        }
+        let loaded = store.pack_layout(pack).or_else(|error| match error.kind() {
+            // Perhaps it was damaged on the way.
+            StoreErrorKind::Corrupt => store.pack_layout(pack),
+            _ => Err(error),
+        });
+        gate.attempts.fetch_add(1, Ordering::Release);
+        match loaded {
+            Ok(_) => {
+                *failure = None;
+                gate.known.store(true, Ordering::Release);
+                Ok(())
+            }
+            Err(error) => Err(Arc::clone(failure.insert(Arc::new(error)))),
+        }
     }
 
     /// Fills `buf` from `offset` in a frame if it is in the file.

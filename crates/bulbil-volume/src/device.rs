@@ -94,8 +94,14 @@ pub struct StatusExtent {
 /// [`size_bytes`](BlockDevice::size_bytes), and changing ones answer
 /// [`BlockErrorKind::ReadOnly`] on a read-only device.
 pub trait BlockDevice: Send + Sync {
-    /// The size in bytes, constant while the device is open.
+    /// The size in bytes; it may grow while the device is open, and never shrinks.
     fn size_bytes(&self) -> u64;
+
+    /// Asks to be told the new size in bytes whenever the device has grown, until it is dropped.
+    ///
+    /// The listener is called from the thread that makes the device grow, when requests to the new
+    /// part are answered already. A device whose size never changes forgets the listener.
+    fn on_resize(&self, _listener: Box<dyn Fn(u64) + Send + Sync>) {}
 
     /// Whether every changing request is refused.
     fn is_read_only(&self) -> bool;

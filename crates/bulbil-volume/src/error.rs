@@ -2,21 +2,27 @@
 
 use std::fmt;
 
+use bulbil_store::{StoreError, StoreErrorKind};
+
+use crate::device::{BlockError, BlockErrorKind};
+
 /// The kinds of failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VolumeErrorKind {
     /// There is no such volume.
     NotFound,
-    /// Another process has it open.
+    /// Another process has it open, or another snapshot of it is being taken.
     InUse,
     /// Its files cannot be understood.
     Corrupt,
-    /// The size is zero, over the limit or smaller than the image.
+    /// The size is zero, over the limit, or smaller than the image or the volume.
     BadSize,
     /// The host has no space left.
     NoSpace,
     /// The host failed to read or write.
     Io,
+    /// The caller asked to stop.
+    Cancelled,
 }
 
 /// A volume that could not be made or opened.
@@ -44,6 +50,24 @@ impl VolumeError {
         let kind = match source.kind() {
             std::io::ErrorKind::NotFound => VolumeErrorKind::NotFound,
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => VolumeErrorKind::NoSpace,
+            _ => VolumeErrorKind::Io,
+        };
+        Self::with_source(kind, message, source)
+    }
+
+    pub(crate) fn block(message: impl Into<String>, source: BlockError) -> Self {
+        let kind = match source.kind() {
+            BlockErrorKind::NoSpace => VolumeErrorKind::NoSpace,
+            _ => VolumeErrorKind::Io,
+        };
+        Self::with_source(kind, message, source)
+    }
+
+    pub(crate) fn store(message: impl Into<String>, source: StoreError) -> Self {
+        let kind = match source.kind() {
+            StoreErrorKind::NotFound | StoreErrorKind::Corrupt => VolumeErrorKind::Corrupt,
+            StoreErrorKind::NoSpace => VolumeErrorKind::NoSpace,
+            StoreErrorKind::Cancelled => VolumeErrorKind::Cancelled,
             _ => VolumeErrorKind::Io,
         };
         Self::with_source(kind, message, source)

@@ -320,6 +320,11 @@ impl Run {
     /// Reads a range of frames with one request, and those that do not verify once more by themselves.
     fn fetch_group(&self, file: Option<&Arc<CacheFile>>, range: Range<u32>, group: Vec<(u32, Arc<Flight>)>) {
         let (image, pack) = (&self.image, self.image.pack(self.pack));
+        let known = image.handle(self.pack).know_layout(&image.store, pack);
+        if let Err(error) = known {
+            group.iter().for_each(|(frame, flight)| self.fail(file, *frame, flight, Arc::clone(&error)));
+            return;
+        }
         let run = image.store.read_run(pack, range);
         image.counters.requests.fetch_add(1, Ordering::Relaxed);
         let run = match run {

@@ -3,13 +3,18 @@
 //! ```text
 //! request ─► volume: map says ─┬─ data ─► overlay's own file
 //!                              ├─ zero
-//!                              └─ base ─► manifest ─► base cache ─► store: frame, verified
+//!                              └─ base ─► frozen layers, if any ─► manifest ─► base cache ─► store: frame, verified
 //! ```
 //!
 //! | module | what it decides or does |
 //! |---|---|
 //! | `device` | the contract that servers export |
 //! | `volume` | creates, opens, removes; routes a request to overlay or base; merges partial blocks |
+//! | `directory` | snapshots and resizes volumes that are not open; lists what they refer to |
+//! | `snapshot` | freezes an open volume, puts it above its snapshot, merges layers |
+//! | `resize` | makes an open volume larger |
+//! | `record` | what a volume is, by its directory (pure) |
+//! | `stack` | reads through the layers of a volume |
 //! | `map` | two bits per block, in pages (pure) |
 //! | `overlay` | order of data, map and syncs |
 //! | `base`, `image` | reads an image through frames that were verified once |
@@ -29,6 +34,7 @@ mod cache_file;
 mod cache_heal;
 mod cache_upkeep;
 mod device;
+mod directory;
 mod error;
 mod fetch;
 mod fetch_ahead;
@@ -37,6 +43,10 @@ mod image;
 mod map;
 mod overlay;
 mod read_stats;
+mod record;
+mod resize;
+mod snapshot;
+mod stack;
 mod storage;
 mod trace;
 mod trace_record;
@@ -49,7 +59,9 @@ pub use cache_heal::CacheHealer;
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
 pub use error::{VolumeError, VolumeErrorKind};
 pub use read_stats::ReadStats;
+pub use record::VolumeRecord;
+pub use snapshot::FrozenState;
 pub use storage::{HostDirectory, StorageDirectory, StorageFile};
 pub use trace_record::inherit_trace;
-pub use volume::{Volume, VolumeDirectory, VolumeRecord};
+pub use volume::{Volume, VolumeDirectory};
 pub use warm::{WarmEnd, WarmObserver, WarmReport, warm};

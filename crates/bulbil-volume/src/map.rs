@@ -54,6 +54,11 @@ impl BlockMap {
         self.pages.contains_key(&page)
     }
 
+    /// The first page in memory from `page` on.
+    pub(crate) fn next_page(&self, page: u64) -> Option<u64> {
+        self.pages.range(page..).next().map(|(number, _)| *number)
+    }
+
     /// Adds a page as it is stored.
     ///
     /// # Errors

@@ -42,11 +42,14 @@ pub(crate) struct Overlay {
     unsynced: Mutex<BTreeSet<u64>>,
     /// One flush at a time: pages must reach the disk in the order they were copied.
     flushing: Mutex<()>,
-    poisoned: AtomicBool,
+    /// Whether a block may be in another state than `Base`.
+    touched: AtomicBool,
+    /// Shared by all layers of a volume.
+    poisoned: Arc<AtomicBool>,
 }
 
 /// A panic while a lock is held leaves these maps whole; the data path must go on or fail by itself.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -55,16 +58,21 @@ impl Overlay {
     ///
     /// Whatever a process that was killed had written but not synced is synced first: what this
     /// one shows its guest must not disappear later in a loss of power.
-    pub(crate) fn open(directory: Arc<dyn StorageDirectory>, size_bytes: u64) -> Result<Self, BlockError> {
+    pub(crate) fn open(
+        directory: Arc<dyn StorageDirectory>,
+        size_bytes: u64,
+        poisoned: Arc<AtomicBool>,
+    ) -> Result<Self, BlockError> {
         let map_file = directory.open("map").map_err(|e| io_error("cannot open the overlay's map", e))?;
         let overlay = Self {
+            touched: AtomicBool::new(map_file.is_some()),
             directory,
             map: RwLock::default(),
             map_file: Mutex::new(map_file),
             segments: RwLock::default(),
             unsynced: Mutex::default(),
             flushing: Mutex::default(),
-            poisoned: AtomicBool::new(false),
+            poisoned,
         };
         // Without a map no block is in state `Data`, so no data file counts.
         if let Some(map_file) = lock(&overlay.map_file).clone() {
@@ -73,6 +81,43 @@ impl Overlay {
             map_file.sync_data().map_err(|e| io_error("cannot sync the overlay's map", e))?;
         }
         Ok(overlay)
+    }
+
+    /// Whether every block is in state `Base`; may say `false` when that is so.
+    pub(crate) fn is_untouched(&self) -> bool {
+        !self.touched.load(Ordering::Acquire)
+    }
+
+    /// The first run of blocks at or after `first` that are not in state `Base`: (first, count), before `end`.
+    pub(crate) fn next_changed(&self, first: u64, end: u64) -> Result<Option<(u64, u64)>, BlockError> {
+        let mut at = first;
+        while at < end
+            && let Some(page) = self.next_page(at / BLOCKS_PER_PAGE)?
+        {
+            at = at.max(page * BLOCKS_PER_PAGE);
+            let page_end = end.min((page + 1) * BLOCKS_PER_PAGE);
+            while at < page_end {
+                let (state, len) = self.run(at, page_end - at)?;
+                if state != BlockState::Base {
+                    return Ok(Some((at, len)));
+                }
+                at += len;
+            }
+        }
+        Ok(None)
+    }
+
+    /// The first page from `page` on that is in memory or stored.
+    fn next_page(&self, page: u64) -> Result<Option<u64>, BlockError> {
+        let in_memory = self.map.read().unwrap_or_else(PoisonError::into_inner).next_page(page);
+        let stored = match &*lock(&self.map_file) {
+            Some(file) if in_memory != Some(page) => {
+                file.next_data(page * BLOCK_BYTES).map_err(|e| io_error("cannot read the overlay's map", e))?
+            }
+            _ => None,
+        };
+        let stored = stored.map(|offset| (offset / BLOCK_BYTES).max(page));
+        Ok(in_memory.into_iter().chain(stored).min())
     }
 
     /// The state of `first` and how many blocks from it, at most `limit`, share it.
@@ -212,6 +257,7 @@ impl Overlay {
 
     /// Puts blocks into a state, page by page.
     fn set(&self, first: u64, count: u64, state: BlockState) -> Result<(), BlockError> {
+        self.touched.store(true, Ordering::Release);
         let mut at = first;
         while at < first + count {
             let page = at / BLOCKS_PER_PAGE;
@@ -240,7 +286,7 @@ impl Overlay {
         Ok(map)
     }
 
-    fn check_usable(&self) -> Result<(), BlockError> {
+    pub(crate) fn check_usable(&self) -> Result<(), BlockError> {
         if self.poisoned.load(Ordering::Acquire) {
             let text = "an earlier write or sync of this volume failed; stop the instance and check the host's disk";
             return Err(BlockError::new(BlockErrorKind::Poisoned, text));
@@ -263,7 +309,7 @@ impl Overlay {
     }
 }
 
-fn io_error(message: impl Into<String>, error: io::Error) -> BlockError {
+pub(crate) fn io_error(message: impl Into<String>, error: io::Error) -> BlockError {
     let kind = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             BlockErrorKind::NoSpace

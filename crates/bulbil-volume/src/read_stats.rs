@@ -25,6 +25,22 @@ pub struct ReadStats {
     pub wasted_frames: u64,
 }
 
+impl ReadStats {
+    /// The sum of both.
+    pub(crate) fn plus(&self, other: &Self) -> Self {
+        Self {
+            requests: self.requests + other.requests,
+            stored_bytes: self.stored_bytes + other.stored_bytes,
+            demand_frames: self.demand_frames + other.demand_frames,
+            demand_bytes: self.demand_bytes + other.demand_bytes,
+            prefetched_frames: self.prefetched_frames + other.prefetched_frames,
+            prefetched_bytes: self.prefetched_bytes + other.prefetched_bytes,
+            hit_frames: self.hit_frames + other.hit_frames,
+            wasted_frames: self.wasted_frames + other.wasted_frames,
+        }
+    }
+}
+
 /// The same, while it is counted.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {

@@ -4,7 +4,7 @@
 //! synced, as a machine does that loses power.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,9 +34,17 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the host cannot; what is on disk is then unknown.
     fn sync_data(&self) -> io::Result<()>;
+
+    /// The first offset at or after `offset` where something may be stored; before it all is a hole.
+    ///
+    /// # Errors
+    /// When the host cannot tell.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(Some(offset))
+    }
 }
 
-/// The directory of an overlay.
+/// The directory of a volume, or of one of its layers.
 pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// Opens a file if it exists.
     ///
@@ -50,20 +58,95 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the host cannot create it.
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>>;
+
+    /// A directory in this one; it is made with the first file that is created in it.
+    fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory>;
+
+    /// Lists the files and directories in it; a directory that was not made yet is empty.
+    ///
+    /// # Errors
+    /// When the host cannot list it.
+    fn list(&self) -> io::Result<Vec<String>>;
+
+    /// Removes a file, or a directory with all in it, if it is there. Durable when this returns; before
+    /// that any part of it may be there. Its space may be given back later.
+    ///
+    /// # Errors
+    /// When the host cannot remove it.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// Reads a whole small file that [`replace`](Self::replace) wrote, if it exists.
+    ///
+    /// # Errors
+    /// When the host cannot read it.
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
+
+    /// Writes a small file in place of an earlier one. Durable when this returns; at any time before
+    /// that the old or the new content is there, whole.
+    ///
+    /// # Errors
+    /// When the host cannot write it. `StorageFull` and `QuotaExceeded` leave the old content; after
+    /// any other error it is the old or the new one.
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes durable which files are there and which small ones were replaced, as it can be seen now: a
+    /// process that was killed may not have come to that.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A directory of the host.
 #[derive(Debug)]
 pub struct HostDirectory {
     path: PathBuf,
+    /// Where it is made when it is missing.
+    parent: Option<PathBuf>,
 }
 
 impl HostDirectory {
     /// Uses an existing directory.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+        Self { path: path.to_owned(), parent: None }
     }
+
+    fn create_file(&self, name: &str) -> io::Result<File> {
+        // One that is there already was made by an attempt whose sync failed.
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join(name))
+    }
+
+    /// Makes the directory, or takes one that an earlier attempt has made and perhaps not synced.
+    fn make(&self, parent: &Path) -> io::Result<()> {
+        match std::fs::create_dir(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => sync_directory(parent),
+        }
+    }
+}
+
+/// What files are called that are removed, but whose space is not given back yet.
+pub(crate) const REMOVED_PREFIX: &str = "removed.";
+
+/// Unlinks a file or directory beside what goes on: with many extents that takes a file system seconds.
+fn free_later(path: PathBuf) {
+    let free = move || {
+        let freed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = freed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot free a removed layer; the next start of its volume will");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("free-layer".to_owned()).spawn(free) {
+        tracing::warn!(%error, "cannot free a removed layer; the next start of its volume will");
+    }
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 impl StorageDirectory for HostDirectory {
@@ -76,10 +159,68 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        // One that is there already was made by an attempt whose sync failed.
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path.join(name))?;
-        File::open(&self.path)?.sync_all()?;
+        if let Some(parent) = &self.parent {
+            self.make(parent)?;
+        }
+        let file = self.create_file(name)?;
+        sync_directory(&self.path)?;
         Ok(Arc::new(HostFile(file)))
+    }
+
+    fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
+        Arc::new(Self { path: self.path.join(name), parent: Some(self.path.clone()) })
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        match std::fs::read_dir(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            entries => entries?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
+        }
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let path = self.path.join(name);
+        if name.starts_with(REMOVED_PREFIX) {
+            // What an earlier process had renamed and not come to free.
+            free_later(path);
+            return Ok(());
+        }
+        let renamed = self.path.join(format!("{REMOVED_PREFIX}{name}.{}", std::process::id()));
+        match std::fs::rename(&path, &renamed) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        }
+        sync_directory(&self.path)?;
+        free_later(renamed);
+        Ok(())
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match std::fs::read(self.path.join(name)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let temporary = self.path.join(format!("{name}.new"));
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        std::fs::rename(&temporary, self.path.join(name))?;
+        sync_directory(&self.path).map_err(|e| match e.kind() {
+            // The new content is visible: this must not be taken for an error that changed nothing.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => io::Error::other(e),
+            _ => e,
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match sync_directory(&self.path) {
+            // One that was not made yet holds nothing.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.parent.is_some() => Ok(()),
+            other => other,
+        }
     }
 }
 
@@ -118,5 +259,16 @@ impl StorageFile for HostFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        // Nothing here uses the position that this moves.
+        match rustix::fs::seek(&self.0, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => Ok(Some(data)),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            // A file system that does not know its holes.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(offset)),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }

@@ -5,8 +5,8 @@
 //! image stays; a boot for which it missed more than a tenth of the frames adds to it.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bulbil_store::{AttachmentKind, Digest, Store, StoreError, StoreErrorKind};
@@ -21,11 +21,16 @@ const RECORDED_TIME: Duration = Duration::from_secs(60);
 /// A trace that misses fewer than one in so many frames of a boot is good enough.
 const TOLERATED_SHARE: usize = 10;
 
+/// Disks up to 64 GiB have a bit for each block while they are recorded: 2 MiB of memory.
+const MAX_NOTED_BYTES: u64 = 64 << 30;
+
 /// Records for one volume.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     /// What every read looks at.
     active: AtomicBool,
+    /// One bit for each block that was noted, so that reads of known blocks need no lock; empty for huge disks.
+    noted: RwLock<Box<[AtomicU64]>>,
     recording: Mutex<Option<Recording>>,
     ended: Condvar,
 }
@@ -39,7 +44,12 @@ struct Recording {
 
 impl Recorder {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { active: AtomicBool::new(false), recording: Mutex::default(), ended: Condvar::new() })
+        Arc::new(Self {
+            active: AtomicBool::new(false),
+            noted: RwLock::default(),
+            recording: Mutex::default(),
+            ended: Condvar::new(),
+        })
     }
 
     pub(crate) fn is_active(&self) -> bool {
@@ -48,8 +58,34 @@ impl Recorder {
 
     pub(crate) fn start(self: &Arc<Self>, image: &Arc<Image>) {
         let recording = Recording { image: Arc::clone(image), since: None, trace: Trace::default() };
+        let disk_bytes = image.manifest.size_bytes();
+        let words = if disk_bytes <= MAX_NOTED_BYTES { disk_bytes.div_ceil(64 * BLOCK_BYTES) } else { 0 };
+        self.set_noted((0..words).map(|_| AtomicU64::new(0)).collect());
         *lock(&self.recording) = Some(recording);
         self.active.store(true, Ordering::Relaxed);
+    }
+
+    fn set_noted(&self, words: Box<[AtomicU64]>) {
+        *self.noted.write().unwrap_or_else(PoisonError::into_inner) = words;
+    }
+
+    /// Whether all blocks of a read were noted before.
+    pub(crate) fn knows(&self, offset: u64, len_bytes: u64) -> bool {
+        let noted = self.noted.read().unwrap_or_else(PoisonError::into_inner);
+        let mut known = true;
+        for_each_word(offset, len_bytes, |word, mask| {
+            known = known && noted.get(word).is_some_and(|word| word.load(Ordering::Relaxed) & mask == mask);
+        });
+        known
+    }
+
+    fn note(&self, offset: u64, len_bytes: u64) {
+        let noted = self.noted.read().unwrap_or_else(PoisonError::into_inner);
+        for_each_word(offset, len_bytes, |word, mask| {
+            if let Some(word) = noted.get(word) {
+                word.fetch_or(mask, Ordering::Relaxed);
+            }
+        });
     }
 
     /// Notes a read of the image.
@@ -65,6 +101,7 @@ impl Recorder {
             }
             true
         });
+        self.note(offset, len_bytes);
         if recording.since.is_none() {
             recording.since = Some(Instant::now());
             self.start_clock();
@@ -95,6 +132,7 @@ impl Recorder {
     fn take(&self) -> Option<Recording> {
         self.active.store(false, Ordering::Relaxed);
         let recording = lock(&self.recording).take();
+        self.set_noted(Box::default());
         self.ended.notify_all();
         recording
     }
@@ -110,6 +148,17 @@ impl Recorder {
     /// Ends the recording and keeps nothing.
     pub(crate) fn cancel(&self) {
         drop(self.take());
+    }
+}
+
+/// Calls `each` with every word of 64 blocks that a range touches, and the bits of its blocks.
+fn for_each_word(offset: u64, len_bytes: u64, mut each: impl FnMut(usize, u64)) {
+    let end = offset.saturating_add(len_bytes).div_ceil(BLOCK_BYTES);
+    let mut block = offset / BLOCK_BYTES;
+    while block < end {
+        let blocks = (64 - block % 64).min(end - block);
+        each(usize::try_from(block / 64).unwrap_or(usize::MAX), u64::MAX >> (64 - blocks) << (block % 64));
+        block += blocks;
     }
 }
 

@@ -90,7 +90,7 @@ pub(crate) fn missing(image: &Image, frames: &[FrameAt]) -> Vec<FrameAt> {
 }
 
 /// Reads the layouts of the packs of these frames, several at a time.
-pub(crate) fn layouts(image: &Arc<Image>, frames: &[FrameAt]) -> Result<BTreeMap<u32, PackLayout>, StoreError> {
+pub(crate) fn layouts(image: &Arc<Image>, frames: &[FrameAt]) -> Result<BTreeMap<u32, PackLayout>, Arc<StoreError>> {
     let mut packs: Vec<u32> = frames.iter().map(|at| at.pack).collect();
     packs.sort_unstable();
     packs.dedup();
@@ -98,16 +98,20 @@ pub(crate) fn layouts(image: &Arc<Image>, frames: &[FrameAt]) -> Result<BTreeMap
     let mut found = BTreeMap::new();
     for group in packs.chunks(lanes) {
         let loaded: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                group.iter().map(|pack| (*pack, scope.spawn(|| image.store.pack_layout(image.pack(*pack))))).collect();
+            let threads: Vec<_> = group.iter().map(|pack| (*pack, scope.spawn(|| layout(image, *pack)))).collect();
             threads.into_iter().map(|(pack, thread)| (pack, thread.join())).collect()
         });
         for (pack, layout) in loaded {
-            let layout = layout.map_err(|_| StoreError::outside_frame(image.pack(pack).id))?;
-            found.insert(pack, layout?);
+            let lost = |_| Arc::new(StoreError::outside_frame(image.pack(pack).id));
+            found.insert(pack, layout.map_err(lost)??);
         }
     }
     Ok(found)
+}
+
+fn layout(image: &Image, pack: u32) -> Result<PackLayout, Arc<StoreError>> {
+    image.handle(pack).know_layout(&image.store, image.pack(pack))?;
+    image.store.pack_layout(image.pack(pack)).map_err(Arc::new)
 }
 
 /// Counts reads that are under way, and holds back who would start too many.
@@ -166,8 +170,8 @@ impl Replay {
     }
 }
 
-fn run(image: &Arc<Image>, stopped: &AtomicBool) -> Result<(), StoreError> {
-    let Some(trace) = load(&image.store, &image.manifest.digest())? else { return Ok(()) };
+fn run(image: &Arc<Image>, stopped: &AtomicBool) -> Result<(), Arc<StoreError>> {
+    let Some(trace) = load(&image.store, &image.manifest.digest()).map_err(Arc::new)? else { return Ok(()) };
     let all = frames_of(image, &trace);
     let frames = missing(image, &all);
     if frames.is_empty() {

@@ -3,40 +3,28 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use bulbil_store::{Digest, Manifest, Store, StoreErrorKind};
-use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, MAX_DISK_BYTES, VolumeId};
+use bulbil_store::{Manifest, Store};
+use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, VolumeId};
 
 use crate::base::Base;
 use crate::cache::BaseCache;
-use crate::device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
+use crate::device::{BlockDevice, BlockError, BlockErrorKind, StatusExtent};
 use crate::error::{VolumeError, VolumeErrorKind};
 use crate::map::BlockState;
 use crate::overlay::Overlay;
 use crate::read_stats::ReadStats;
-use crate::storage::{HostDirectory, StorageDirectory};
-
-const RECORD_NAME: &str = "volume.json";
-const FORMAT_VERSION: u32 = 1;
-
-/// What a volume is, as its directory says.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct VolumeRecord {
-    /// Version of the overlay's format.
-    pub format_version: u32,
-    /// The volume's id.
-    pub id: VolumeId,
-    /// Its size in bytes, a multiple of 512.
-    pub size_bytes: u64,
-    /// Content of the image below; `None` for a disk of zeroes.
-    pub base: Option<Digest>,
-}
+use crate::record::{RECORD_NAME, VolumeRecord, check_size};
+use crate::resize::Listeners;
+use crate::stack::{Layer, Layers, Place, Stack, remove_files, remove_leftovers};
+use crate::storage::{HostDirectory, StorageDirectory, sync_directory};
 
 /// The directory that holds all volumes of a host, one directory each.
 #[derive(Debug, Clone)]
 pub struct VolumeDirectory {
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl VolumeDirectory {
@@ -54,31 +42,32 @@ impl VolumeDirectory {
     /// # Errors
     /// `BadSize`; `Io` or `NoSpace`, and then there is no such volume.
     pub fn create(&self, id: &VolumeId, size_bytes: u64, base: Option<&Manifest>) -> Result<VolumeRecord, VolumeError> {
-        let smallest = base.map_or(512, Manifest::size_bytes);
-        if size_bytes < smallest || size_bytes > MAX_DISK_BYTES || !size_bytes.is_multiple_of(512) {
-            let text = format!(
-                "a volume of {size_bytes} bytes is not possible: it must be a multiple of 512 from {smallest} to {MAX_DISK_BYTES}"
-            );
-            return Err(VolumeError::new(VolumeErrorKind::BadSize, text));
-        }
-        let base = base.map(Manifest::digest);
-        let record = VolumeRecord { format_version: FORMAT_VERSION, id: id.clone(), size_bytes, base };
+        check_size(size_bytes, base.map_or(512, Manifest::size_bytes))?;
+        let record = VolumeRecord::new(id, size_bytes, base.map(Manifest::digest));
         let directory = self.volume_path(id);
         let fail = |e| VolumeError::io(format!("cannot create volume {id}"), e);
         // By itself: what is there already is not ours to remove.
         std::fs::create_dir(&directory).map_err(fail)?;
-        let write = || -> io::Result<()> {
-            let mut file = File::create_new(directory.join(RECORD_NAME))?;
-            file.write_all(&serde_json::to_vec(&record)?)?;
-            file.sync_all()?;
-            File::open(&directory)?.sync_all()?;
-            File::open(&self.path)?.sync_all()
-        };
-        if let Err(error) = write() {
+        if let Err(error) = self.write_first_record(&directory, &record) {
             drop(std::fs::remove_dir_all(&directory));
             return Err(fail(error));
         }
         Ok(record)
+    }
+
+    /// Writes the record and syncs it with its name and its directory's name, all at the same time: a
+    /// file system that keeps a journal then commits once. Which of them a crash leaves does not
+    /// matter, since a directory without a whole record is no volume.
+    fn write_first_record(&self, directory: &Path, record: &VolumeRecord) -> io::Result<()> {
+        let mut file = File::create_new(directory.join(RECORD_NAME))?;
+        file.write_all(&record.encode())?;
+        std::thread::scope(|scope| {
+            let spawn = |path| std::thread::Builder::new().spawn_scoped(scope, move || sync_directory(path));
+            let names = [spawn(directory)?, spawn(&self.path)?];
+            let written = file.sync_all();
+            let named = names.map(|sync| sync.join().expect("a sync does not panic"));
+            written.and(named.into_iter().collect())
+        })
     }
 
     /// Reads what a volume is.
@@ -88,14 +77,7 @@ impl VolumeDirectory {
     pub fn record(&self, id: &VolumeId) -> Result<VolumeRecord, VolumeError> {
         let bytes = std::fs::read(self.volume_path(id).join(RECORD_NAME))
             .map_err(|e| VolumeError::io(format!("cannot read volume {id}"), e))?;
-        let record: VolumeRecord = serde_json::from_slice(&bytes).map_err(|e| {
-            VolumeError::with_source(VolumeErrorKind::Corrupt, format!("the record of volume {id} cannot be read"), e)
-        })?;
-        if record.format_version != FORMAT_VERSION || record.size_bytes > MAX_DISK_BYTES {
-            let text = format!("volume {id} was written by another version (format {})", record.format_version);
-            return Err(VolumeError::new(VolumeErrorKind::Corrupt, text));
-        }
-        Ok(record)
+        VolumeRecord::parse(&bytes, id.as_str())
     }
 
     /// Opens a volume for reading and writing; only one process can at a time.
@@ -108,21 +90,11 @@ impl VolumeDirectory {
         store: &Arc<Store>,
         cache: &Arc<BaseCache>,
     ) -> Result<Volume, VolumeError> {
-        let record = self.record(id)?;
         let directory = self.volume_path(id);
-        let lock = lock_volume(&directory.join(RECORD_NAME), id)?;
-        let base = record.base.map(|digest| {
-            let manifest = store.manifest(&digest).map_err(|error| {
-                let kind = match error.kind() {
-                    StoreErrorKind::NotFound | StoreErrorKind::Corrupt => VolumeErrorKind::Corrupt,
-                    _ => VolumeErrorKind::Io,
-                };
-                VolumeError::with_source(kind, format!("the image below volume {id} cannot be read"), error)
-            })?;
-            Ok(Base::new(Arc::clone(store), Arc::clone(cache), manifest))
-        });
+        let lock = lock_volume(&directory, id)?;
+        let record = self.record(id)?;
         let storage = Arc::new(HostDirectory::new(&directory));
-        let volume = Volume::new(record.size_bytes, base.transpose()?, storage)?;
+        let volume = Volume::open(record, storage, store, cache)?;
         volume.start_prefetch();
         volume.start_recording();
         Ok(Volume { _lock: Some(lock), ..volume })
@@ -134,11 +106,15 @@ impl VolumeDirectory {
     /// `InUse`, `Io`.
     pub fn remove(&self, id: &VolumeId) -> Result<(), VolumeError> {
         let directory = self.volume_path(id);
-        let lock = match lock_volume(&directory.join(RECORD_NAME), id) {
+        let lock = match lock_volume(&directory, id) {
             Err(e) if e.kind() == VolumeErrorKind::NotFound => None,
             other => Some(other?),
         };
-        let removed = std::fs::remove_dir_all(&directory);
+        let mut removed = std::fs::remove_dir_all(&directory);
+        // A layer that is being freed beside this may be gone before its turn comes.
+        while removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && directory.exists() {
+            removed = std::fs::remove_dir_all(&directory);
+        }
         drop(lock);
         match removed {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -148,15 +124,16 @@ impl VolumeDirectory {
         }
     }
 
-    fn volume_path(&self, id: &VolumeId) -> PathBuf {
+    pub(crate) fn volume_path(&self, id: &VolumeId) -> PathBuf {
         self.path.join(id.as_str())
     }
 }
 
-fn lock_volume(record: &Path, id: &VolumeId) -> Result<File, VolumeError> {
+/// Locks a volume's directory: its record is replaced now and then, and a lock on that would be lost.
+pub(crate) fn lock_volume(directory: &Path, id: &VolumeId) -> Result<File, VolumeError> {
     let file = OpenOptions::new()
         .read(true)
-        .open(record)
+        .open(directory)
         .map_err(|e| VolumeError::io(format!("cannot open volume {id}"), e))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
@@ -170,12 +147,25 @@ fn lock_volume(record: &Path, id: &VolumeId) -> Result<File, VolumeError> {
 /// An open volume.
 #[derive(Debug)]
 pub struct Volume {
-    size_bytes: u64,
-    base: Option<Base>,
-    overlay: Overlay,
+    pub(crate) size_bytes: AtomicU64,
+    /// Replaced as a whole; a request goes on with the one it has found.
+    pub(crate) stack: RwLock<Arc<Stack>>,
     /// Held shared by writes of whole blocks, alone by a write that merges with what is there:
-    /// otherwise a merge could put back what another request has just replaced.
-    merging: RwLock<()>,
+    /// otherwise a merge could put back what another request has just replaced. Held alone as well
+    /// where the newest layer or the size changes, so that no write is in two of them.
+    pub(crate) merging: RwLock<()>,
+    pub(crate) directory: Arc<dyn StorageDirectory>,
+    pub(crate) images: Option<(Arc<Store>, Arc<BaseCache>)>,
+    pub(crate) poisoned: Arc<AtomicBool>,
+    /// What the record on disk says, or will say when the newest layer is settled; locked by who
+    /// changes it, from the decision to the end.
+    pub(crate) record: Mutex<VolumeRecord>,
+    pub(crate) snapshot_running: Arc<AtomicBool>,
+    /// Frames that were fetched for images that were below it before.
+    pub(crate) stats_before: Mutex<ReadStats>,
+    pub(crate) listeners: Listeners,
+    /// Layers that no record names any more; those that no request reads go when somebody looks.
+    pub(crate) retired: Mutex<Vec<Arc<Layer>>>,
     /// Held for its lifetime: only one process may have the volume open.
     _lock: Option<File>,
 }
@@ -186,7 +176,7 @@ impl Volume {
     /// # Errors
     /// `Io` when the overlay cannot be opened.
     pub fn without_base(size_bytes: u64, directory: Arc<dyn StorageDirectory>) -> Result<Self, VolumeError> {
-        Self::new(size_bytes, None, directory)
+        Self::new(VolumeRecord::new(&VolumeId::random(), size_bytes, None), None, None, directory)
     }
 
     /// A volume over an image and any directory.
@@ -200,39 +190,128 @@ impl Volume {
         cache: &Arc<BaseCache>,
         directory: Arc<dyn StorageDirectory>,
     ) -> Result<Self, VolumeError> {
-        Self::new(size_bytes, Some(Base::new(Arc::clone(store), Arc::clone(cache), manifest)), directory)
+        let record = VolumeRecord::new(&VolumeId::random(), size_bytes, Some(manifest.digest()));
+        let images = (Arc::clone(store), Arc::clone(cache));
+        let base = Base::new(Arc::clone(store), Arc::clone(cache), manifest);
+        Self::new(record, Some(base), Some(images), directory)
     }
 
-    fn new(size_bytes: u64, base: Option<Base>, directory: Arc<dyn StorageDirectory>) -> Result<Self, VolumeError> {
-        let overlay = Overlay::open(directory, size_bytes)
-            .map_err(|e| VolumeError::with_source(VolumeErrorKind::Io, "cannot open the volume's overlay", e))?;
-        Ok(Self { size_bytes, base, overlay, merging: RwLock::new(()), _lock: None })
+    /// Makes a volume in any directory, which must be empty. Durable when this returns.
+    ///
+    /// # Errors
+    /// `BadSize`, `Io`, `NoSpace`.
+    pub fn create_in(
+        directory: &dyn StorageDirectory,
+        id: &VolumeId,
+        size_bytes: u64,
+        base: Option<&Manifest>,
+    ) -> Result<(), VolumeError> {
+        check_size(size_bytes, base.map_or(512, Manifest::size_bytes))?;
+        let record = VolumeRecord::new(id, size_bytes, base.map(Manifest::digest));
+        directory
+            .replace(RECORD_NAME, &record.encode())
+            .map_err(|e| VolumeError::io(format!("cannot create volume {id}"), e))
+    }
+
+    /// Opens the volume in any directory; the caller sees to it that nobody else does.
+    ///
+    /// # Errors
+    /// `NotFound`, `Corrupt`, `Io`.
+    pub fn open_in(
+        directory: Arc<dyn StorageDirectory>,
+        store: &Arc<Store>,
+        cache: &Arc<BaseCache>,
+    ) -> Result<Self, VolumeError> {
+        Self::open(VolumeRecord::read(&*directory)?, directory, store, cache)
+    }
+
+    fn open(
+        record: VolumeRecord,
+        directory: Arc<dyn StorageDirectory>,
+        store: &Arc<Store>,
+        cache: &Arc<BaseCache>,
+    ) -> Result<Self, VolumeError> {
+        let base = record.base.map(|digest| {
+            let manifest = store.manifest(&digest).map_err(|error| {
+                VolumeError::store(format!("the image below volume {} cannot be read", record.id), error)
+            })?;
+            Ok(Base::new(Arc::clone(store), Arc::clone(cache), manifest))
+        });
+        // What is shown to a guest from here on rests on the record, which a killed process may not have synced.
+        directory.sync().map_err(|e| VolumeError::io(format!("cannot sync volume {}", record.id), e))?;
+        // What a snapshot that was killed had begun or not taken away yet.
+        remove_files(&*directory, |number| !record.layers.contains(&number))
+            .and_then(|()| remove_leftovers(&*directory))
+            .map_err(|e| VolumeError::io(format!("cannot tidy up volume {}", record.id), e))?;
+        Self::new(record, base.transpose()?, Some((Arc::clone(store), Arc::clone(cache))), directory)
+    }
+
+    fn new(
+        record: VolumeRecord,
+        base: Option<Base>,
+        images: Option<(Arc<Store>, Arc<BaseCache>)>,
+        directory: Arc<dyn StorageDirectory>,
+    ) -> Result<Self, VolumeError> {
+        let poisoned = Arc::new(AtomicBool::new(false));
+        // Frozen layers are synced as well: a merge into one of them may have been killed.
+        let open = |number: &u64| {
+            let files = Layer::directory(&directory, *number);
+            if *number > 0 {
+                files.sync().map_err(|e| VolumeError::io("cannot sync a layer of the volume", e))?;
+            }
+            let overlay = Overlay::open(files, record.size_bytes, Arc::clone(&poisoned))
+                .map_err(|e| VolumeError::block("cannot open the volume's overlay", e))?;
+            Ok(Layer::new(*number, overlay, &directory))
+        };
+        let layers = record.layers.iter().map(open).collect::<Result<_, VolumeError>>()?;
+        let layers = Layers { layers, base: base.map(Arc::new) };
+        Ok(Self {
+            size_bytes: AtomicU64::new(record.size_bytes),
+            stack: RwLock::new(Arc::new(Stack { layers, rotation: None })),
+            merging: RwLock::new(()),
+            directory,
+            images,
+            poisoned,
+            record: Mutex::new(record),
+            snapshot_running: Arc::default(),
+            stats_before: Mutex::default(),
+            listeners: Listeners::default(),
+            retired: Mutex::default(),
+            _lock: None,
+        })
+    }
+
+    /// What requests go to at this moment.
+    pub(crate) fn stack(&self) -> Arc<Stack> {
+        Arc::clone(&self.stack.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Frames that were fetched from the store because they were not in the base cache.
     #[must_use]
     pub fn frames_fetched(&self) -> u64 {
-        self.base.as_ref().map_or(0, Base::frames_fetched)
+        let stats = self.read_stats();
+        stats.demand_frames + stats.prefetched_frames
     }
 
     /// What reads of the image have cost since the volume was opened.
     #[must_use]
     pub fn read_stats(&self) -> ReadStats {
-        self.base.as_ref().map(Base::stats).unwrap_or_default()
+        let before = *self.stats_before.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stack().layers.base.as_ref().map_or(before, |base| before.plus(&base.stats()))
     }
 
     /// Begins to fetch what earlier boots of the image have touched, in the background, once.
     ///
     /// Reads never wait for it. It ends with the volume.
     pub fn start_prefetch(&self) {
-        if let Some(base) = &self.base {
+        if let Some(base) = &self.stack().layers.base {
             base.start_prefetch();
         }
     }
 
     /// Begins to record which blocks of the image are touched first.
     pub fn start_recording(&self) {
-        if let Some(base) = &self.base {
+        if let Some(base) = &self.stack().layers.base {
             base.start_recording();
         }
     }
@@ -243,61 +322,19 @@ impl Volume {
     /// # Errors
     /// `Io` when the store cannot read or write; the volume is usable all the same.
     pub fn finish_recording(&self) -> Result<bool, VolumeError> {
-        let kept = self.base.as_ref().map_or(Ok(false), Base::finish_recording);
+        let base = self.stack().layers.base.clone();
+        let kept = base.map_or(Ok(false), |base| base.finish_recording());
         kept.map_err(|e| VolumeError::with_source(VolumeErrorKind::Io, "cannot keep the boot trace", e))
     }
 
     fn check_range(&self, offset: u64, len_bytes: u64) -> Result<(), BlockError> {
         match offset.checked_add(len_bytes) {
-            Some(end) if end <= self.size_bytes => Ok(()),
+            Some(end) if end <= self.size_bytes() => Ok(()),
             _ => Err(BlockError::new(
                 BlockErrorKind::OutOfRange,
-                format!("{len_bytes} bytes at {offset:#x} are not in a disk of {} bytes", self.size_bytes),
+                format!("{len_bytes} bytes at {offset:#x} are not in a disk of {} bytes", self.size_bytes()),
             )),
         }
-    }
-
-    /// Calls `each` with every run of one state: (state, offset, length), cut at the range's ends.
-    fn for_each_run(
-        &self,
-        offset: u64,
-        len_bytes: u64,
-        mut each: impl FnMut(BlockState, u64, u64) -> Result<bool, BlockError>,
-    ) -> Result<(), BlockError> {
-        let end = offset + len_bytes;
-        let mut at = offset;
-        while at < end {
-            let block = at / BLOCK_BYTES;
-            let (state, blocks) = self.overlay.run(block, end.div_ceil(BLOCK_BYTES) - block)?;
-            let run_end = end.min((block + blocks) * BLOCK_BYTES);
-            if !each(state, at, run_end - at)? {
-                break;
-            }
-            at = run_end;
-        }
-        Ok(())
-    }
-
-    fn read_base(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        match &self.base {
-            Some(base) => base.read(buf, offset),
-            None => {
-                buf.fill(0);
-                Ok(())
-            }
-        }
-    }
-
-    fn read_any(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
-        self.for_each_run(offset, buf.len() as u64, |state, at, len| {
-            let part = &mut buf[usize_of(at - offset)..usize_of(at - offset + len)];
-            match state {
-                BlockState::Base => self.read_base(part, at)?,
-                BlockState::Data => self.overlay.read(part, at)?,
-                BlockState::Zero => part.fill(0),
-            }
-            Ok(true)
-        })
     }
 
     /// Writes a range that lies within one block and does not cover it.
@@ -305,75 +342,98 @@ impl Volume {
         let block = offset / BLOCK_BYTES;
         {
             let _shared = self.merging.read().unwrap_or_else(PoisonError::into_inner);
-            if self.overlay.run(block, 1)?.0 == BlockState::Data {
-                return self.overlay.write(buf, offset);
+            let stack = self.stack();
+            if stack.top().run(block, 1)?.0 == BlockState::Data {
+                return stack.top().write(buf, offset);
             }
         }
         let _alone = self.merging.write().unwrap_or_else(PoisonError::into_inner);
+        let stack = self.stack();
         let mut merged = [0; BLOCK_LEN];
         let start = block * BLOCK_BYTES;
         // The last block of a disk may be short; what lies past the end stays zero.
-        let len = usize_of(BLOCK_BYTES.min(self.size_bytes - start));
-        self.read_any(&mut merged[..len], start)?;
+        let len = usize_of(BLOCK_BYTES.min(self.size_bytes() - start));
+        stack.layers.read(&mut merged[..len], start)?;
         let within = usize_of(offset - start);
         merged[within..within + buf.len()].copy_from_slice(buf);
-        self.overlay.write(&merged, start)
+        stack.top().write(&merged, start)
     }
 
     fn zero_range(&self, offset: u64, len_bytes: u64, whole_blocks_only: bool) -> Result<(), BlockError> {
-        let end = offset + len_bytes;
-        let first_whole = offset.next_multiple_of(BLOCK_BYTES).min(end);
-        let past_whole = match end {
-            // The range lies within one block.
-            _ if !first_whole.is_multiple_of(BLOCK_BYTES) => first_whole,
-            // The last block of the disk may be short, and is covered all the same.
-            end if end == self.size_bytes => end.next_multiple_of(BLOCK_BYTES),
-            end => (end / BLOCK_BYTES * BLOCK_BYTES).max(first_whole),
-        };
-        if !whole_blocks_only {
-            const ZEROES: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
-            for (from, to) in [(offset, first_whole), (past_whole.min(end), end)] {
-                if from < to {
-                    self.write_part(&ZEROES[..usize_of(to - from)], from)?;
+        loop {
+            let size_bytes = self.size_bytes();
+            let (first_whole, past_whole) = whole_blocks(offset, offset + len_bytes, size_bytes);
+            if !whole_blocks_only {
+                const ZEROES: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
+                let end = offset + len_bytes;
+                for (from, to) in [(offset, first_whole.min(end)), (past_whole.min(end), end)] {
+                    if from < to {
+                        self.write_part(&ZEROES[..usize_of(to - from)], from)?;
+                    }
                 }
             }
+            let _shared = self.merging.read().unwrap_or_else(PoisonError::into_inner);
+            // Where the disk has grown meanwhile, its last block may be written to by others.
+            if self.size_bytes() == size_bytes {
+                return self.zero_blocks(first_whole / BLOCK_BYTES, past_whole / BLOCK_BYTES);
+            }
         }
-        let _shared = self.merging.read().unwrap_or_else(PoisonError::into_inner);
-        let (mut block, last) = (first_whole / BLOCK_BYTES, past_whole / BLOCK_BYTES);
-        while block < last {
-            let (state, blocks) = self.overlay.run(block, last - block)?;
-            let blocks = match (state, &self.base) {
+    }
+
+    /// Makes blocks zero; the caller holds `merging`.
+    fn zero_blocks(&self, first: u64, end: u64) -> Result<(), BlockError> {
+        let stack = self.stack();
+        let mut block = first;
+        while block < end {
+            let (place, blocks) = stack.layers.run(block, end - block)?;
+            block += match (place, &stack.layers.base) {
                 // Zero already, and nothing would be gained by saying so in the overlay.
-                (BlockState::Base, None) | (BlockState::Zero, _) => blocks,
-                (BlockState::Base, Some(base)) => match base.hole_run(block, blocks) {
+                (Place::Base, None) | (Place::Zero, _) => blocks,
+                (Place::Base, Some(base)) => match base.hole_run(block, blocks) {
                     (true, hole) => hole,
                     (false, data) => {
-                        self.overlay.zero(block, data)?;
+                        stack.top().zero(block, data)?;
                         data
                     }
                 },
-                (BlockState::Data, _) => {
-                    self.overlay.zero(block, blocks)?;
+                (Place::Data(_), _) => {
+                    stack.top().zero(block, blocks)?;
                     blocks
                 }
             };
-            block += blocks;
         }
         Ok(())
     }
 
     fn finish(&self, fua: bool) -> Result<(), BlockError> {
-        if fua { self.overlay.flush() } else { Ok(()) }
+        if fua { self.flush() } else { Ok(()) }
     }
 }
 
-fn usize_of(len_bytes: u64) -> usize {
+/// The whole blocks in a range of bytes: (start, end); an end at the end of the disk covers its short block.
+fn whole_blocks(offset: u64, end: u64, size_bytes: u64) -> (u64, u64) {
+    let first_whole = offset.next_multiple_of(BLOCK_BYTES).min(end);
+    let past_whole = match end {
+        // The range lies within one block.
+        _ if !first_whole.is_multiple_of(BLOCK_BYTES) => first_whole,
+        // The last block of the disk may be short, and is covered all the same.
+        end if end == size_bytes => end.next_multiple_of(BLOCK_BYTES),
+        end => (end / BLOCK_BYTES * BLOCK_BYTES).max(first_whole),
+    };
+    (first_whole, past_whole)
+}
+
+pub(crate) fn usize_of(len_bytes: u64) -> usize {
     usize::try_from(len_bytes).expect("the length of a part of a buffer")
 }
 
 impl BlockDevice for Volume {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    fn on_resize(&self, listener: Box<dyn Fn(u64) + Send + Sync>) {
+        self.listeners.add(listener);
     }
 
     fn is_read_only(&self) -> bool {
@@ -382,19 +442,11 @@ impl BlockDevice for Volume {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BlockError> {
         self.check_range(offset, buf.len() as u64)?;
-        self.read_any(buf, offset)
+        self.stack().layers.read(buf, offset)
     }
 
     fn is_fast(&self, offset: u64, len_bytes: u64) -> bool {
-        let mut fast = true;
-        let looked = self.check_range(offset, len_bytes).and_then(|()| {
-            self.for_each_run(offset, len_bytes, |state, at, len| {
-                let base_is_slow = |base: &Base| state == BlockState::Base && !base.is_fast(at, len);
-                fast = !self.base.as_ref().is_some_and(base_is_slow);
-                Ok(fast)
-            })
-        });
-        looked.is_ok() && fast
+        self.check_range(offset, len_bytes).is_ok() && self.stack().layers.is_fast(offset, len_bytes)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, fua: bool) -> Result<(), BlockError> {
@@ -406,7 +458,7 @@ impl BlockDevice for Volume {
         }
         if tail_start > head {
             let _shared = self.merging.read().unwrap_or_else(PoisonError::into_inner);
-            self.overlay.write(&buf[head..tail_start], offset + head as u64)?;
+            self.stack().top().write(&buf[head..tail_start], offset + head as u64)?;
         }
         if tail_start < buf.len() {
             self.write_part(&buf[tail_start..], offset + tail_start as u64)?;
@@ -427,38 +479,13 @@ impl BlockDevice for Volume {
     }
 
     fn flush(&self) -> Result<(), BlockError> {
-        self.overlay.flush()
+        let stack = self.stack();
+        self.settle(&stack)?;
+        stack.top().flush()
     }
 
     fn status(&self, offset: u64, len_bytes: u64, max_extents: usize) -> Result<Vec<StatusExtent>, BlockError> {
         self.check_range(offset, len_bytes)?;
-        let mut runs: Vec<StatusExtent> = Vec::new();
-        let mut add = |len_bytes: u64, kind: ExtentKind| {
-            let room = runs.len() < max_extents.max(1);
-            match runs.last_mut() {
-                Some(last) if last.kind == kind => last.len_bytes += len_bytes,
-                _ if room => runs.push(StatusExtent { len_bytes, kind }),
-                _ => return false,
-            }
-            true
-        };
-        self.for_each_run(offset, len_bytes, |state, at, len| match (state, &self.base) {
-            (BlockState::Data, _) => Ok(add(len, ExtentKind::Data)),
-            (BlockState::Base, Some(base)) => {
-                let mut from = at;
-                while from < at + len {
-                    let block = from / BLOCK_BYTES;
-                    let (hole, blocks) = base.hole_run(block, (at + len).div_ceil(BLOCK_BYTES) - block);
-                    let to = (at + len).min((block + blocks) * BLOCK_BYTES);
-                    if !add(to - from, if hole { ExtentKind::Hole } else { ExtentKind::Data }) {
-                        return Ok(false);
-                    }
-                    from = to;
-                }
-                Ok(true)
-            }
-            (BlockState::Zero | BlockState::Base, _) => Ok(add(len, ExtentKind::Hole)),
-        })?;
-        Ok(runs)
+        self.stack().layers.status(offset, len_bytes, max_extents)
     }
 }

@@ -5,95 +5,16 @@
 //! SIGKILL while they write to real files.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
+mod support;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use bulbil_store::{Manifest, Store};
-use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
-use bulbil_volume::{BaseCache, BlockDevice as _, HostDirectory, StorageDirectory, Volume};
-
-const SECTORS: u64 = 96 * 8;
-
-/// An image of tagged sectors, half of it zero, in a store of its own.
-struct Image {
-    store: Arc<Store>,
-    cache: Arc<BaseCache>,
-    manifest: Manifest,
-    content: Vec<u8>,
-}
-
-impl Image {
-    fn make(directory: &Path) -> Self {
-        let mut content = Vec::new();
-        for block in 0..SECTORS / 8 {
-            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
-        }
-        let store = Arc::new(Store::open_or_create(&directory.join("store")).unwrap());
-        let disk = MemoryDisk(content.clone());
-        let report = store.import(&disk, &disk).unwrap();
-        let manifest = store.manifest(&report.digest).unwrap();
-        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
-        Self { store, cache, manifest, content }
-    }
-
-    fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
-        let size_bytes = self.content.len() as u64;
-        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
-    }
-}
-
-fn read_all(volume: &Volume) -> Vec<u8> {
-    let mut content = vec![0; volume.size_bytes() as usize];
-    volume.read_at(&mut content, 0).unwrap();
-    content
-}
-
-/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
-fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
-    let first = rng.below(SECTORS);
-    let whole_blocks = rng.one_in(2);
-    let first = if whole_blocks { first / 8 * 8 } else { first };
-    let longest = if rng.one_in(4) { 80 } else { 12 };
-    let sectors = (1 + rng.below(longest)).min(SECTORS - first);
-    let sectors = if whole_blocks { sectors.next_multiple_of(8) } else { sectors };
-    let (offset, len_bytes) = (first * 512, sectors * 512);
-    let fua = rng.one_in(8);
-    let done = match rng.below(10) {
-        0..=5 => {
-            oracle.write(first, sectors, tag);
-            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
-        }
-        6 => {
-            oracle.write(first, sectors, 0);
-            volume.write_zeroes(offset, len_bytes, fua)
-        }
-        7 => {
-            // A discard takes whole blocks only.
-            let (from, to) = (first.next_multiple_of(8), (first + sectors) / 8 * 8);
-            if from < to {
-                oracle.write(from, to - from, 0);
-            }
-            volume.discard(offset, len_bytes, fua)
-        }
-        _ => {
-            if volume.flush().is_err() {
-                return false;
-            }
-            oracle.flushed();
-            return true;
-        }
-    };
-    if done.is_err() {
-        return false;
-    }
-    if fua {
-        // This volume makes everything durable with a FUA write.
-        oracle.flushed();
-    }
-    true
-}
+use bulbil_testkit::{DiskOracle, PowerLossDirectory, Rng, tagged};
+use bulbil_volume::{BlockDevice as _, HostDirectory};
+use support::{Image, SECTORS, read_all, step};
 
 #[test]
 fn nothing_acknowledged_is_lost_at_2000_random_points_of_power_loss_and_kill() {

@@ -1,7 +1,7 @@
 //! Reading from a store that is slow, fails, lies or changes below a volume.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
-mod support;
+mod lazy_support;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use bulbil_store::StoreErrorKind;
 use bulbil_testkit::{Answer, Rng};
 use bulbil_volume::{BlockDevice as _, BlockErrorKind, WarmEnd, WarmObserver, warm};
-use support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
+use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
 
 #[test]
 fn ten_volumes_that_read_at_once_fetch_each_frame_once() {
@@ -36,8 +36,10 @@ fn ten_volumes_that_read_at_once_fetch_each_frame_once() {
             });
         }
     });
-    let requests = host.frame_requests(&manifest, host.objects.take_requests());
+    let all = host.objects.take_requests();
+    let requests = host.frame_requests(&manifest, all.clone());
     check_disjoint(&requests);
+    assert_eq!(all.len() - requests.len(), manifest.packs().len(), "each footer once");
     let fetched: u64 = volumes.iter().map(bulbil_volume::Volume::frames_fetched).sum();
     assert_eq!(fetched, 64);
     assert!(host.objects.most_running() <= 16 + 10, "{} requests at once", host.objects.most_running());

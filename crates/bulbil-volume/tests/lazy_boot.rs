@@ -1,14 +1,14 @@
 //! What a boot touches is recorded, and fetched before the next boot asks for it.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
-mod support;
+mod lazy_support;
 
 use std::time::{Duration, Instant};
 
 use bulbil_store::{AttachmentKind, Manifest, StoreErrorKind};
 use bulbil_testkit::{Answer, Request, Rng};
 use bulbil_volume::{BlockDevice as _, Volume, inherit_trace};
-use support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
+use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
 
 /// Places that a boot reads, in its order: files here and there, some of them longer.
 fn boot(seed: u64, frames: u64) -> Vec<(usize, usize)> {
@@ -141,7 +141,7 @@ fn a_recording_ends_by_itself_with_256_mib() {
     let mut host = Host::open(dir.path(), false);
     // The same few frames all over the disk: small in the store, large for the trace.
     let part = noise(7, 8);
-    let image: Vec<u8> = std::iter::repeat_with(|| part.clone()).take(280).flatten().collect();
+    let image = part.repeat(280);
     let manifest = host.import(&image);
     let volume = host.volume(&manifest, &host.cache());
     for at in (0..image.len()).step_by(4 << 20) {

@@ -1,7 +1,7 @@
 //! The base cache between processes: each frame once for a host, a bound, and kills at any point.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
-mod support;
+mod lazy_support;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use bulbil_store::Digest;
 use bulbil_testkit::{Request, Rng, ScriptedObjects};
 use bulbil_volume::{BaseCache, CacheOptions};
-use support::{FRAME, Host, check_disjoint, check_read, noise, open_manifest, wait_until};
+use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, open_manifest, wait_until};
 
 const IMAGE_SEED: u64 = 11;
 const IMAGE_FRAMES: usize = 300;

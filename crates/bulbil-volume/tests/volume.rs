@@ -2,7 +2,8 @@
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use bulbil_store::{Manifest, Store};
 use bulbil_testkit::{MemoryDisk, PowerLossDirectory, Rng};
@@ -242,4 +243,183 @@ fn frames_are_fetched_once_for_all_volumes_of_a_host() {
     assert_eq!(second.frames_fetched(), 0);
     let whole = StatusExtent { len_bytes: 4096, kind: ExtentKind::Hole };
     assert_eq!(second.status(4096, 4096, 9).unwrap(), [whole]);
+}
+
+/// Bytes that a directory takes on the host.
+fn stored_bytes(directory: &Path) -> u64 {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
+    entries
+        .map(|entry| match entry.metadata().unwrap() {
+            found if found.is_dir() => stored_bytes(&entry.path()),
+            found => found.blocks() * 512,
+        })
+        .sum()
+}
+
+#[test]
+fn four_mib_of_scattered_writes_take_little_more_on_the_host() {
+    let host = Host::new();
+    let manifest = host.import(&sample_image(11, 64));
+    let id = VolumeId::random();
+    host.volumes.create(&id, 1 << 30, Some(&manifest)).unwrap();
+    let volume = host.open(&id);
+    let mut rng = Rng::new(11);
+    for _ in 0..1024 {
+        let block = rng.below((1 << 30) / 4096);
+        volume.write_at(&rng.bytes(4096), block * 4096, false).unwrap();
+    }
+    volume.flush().unwrap();
+    let stored = stored_bytes(&host.dir.path().join("volumes").join(id.as_str()));
+    assert!(stored <= 4_300 << 10, "{stored} bytes");
+}
+
+#[test]
+fn a_stopped_volume_has_snapshots_and_clones_of_them() {
+    let host = Host::new();
+    let image = sample_image(21, 80);
+    let manifest = host.import(&image);
+    let id = VolumeId::random();
+    let size = image.len() + 5 * 4096 + 512;
+    host.volumes.create(&id, size as u64, Some(&manifest)).unwrap();
+    let observer = MemoryDisk(Vec::new());
+    let snapshot = |id: &VolumeId| host.volumes.snapshot(id, &host.store, &host.cache, &observer).unwrap();
+    let mut expected = image.clone();
+    expected.resize(size, 0);
+    let mut rng = Rng::new(21);
+    for round in 0..4 {
+        let volume = host.open(&id);
+        for _ in 0..5 {
+            let offset = rng.below(size as u64) as usize;
+            let len = (1 + rng.below(9000) as usize).min(size - offset);
+            let bytes = rng.bytes(len);
+            volume.write_at(&bytes, offset as u64, false).unwrap();
+            expected[offset..offset + bytes.len()].copy_from_slice(&bytes);
+        }
+        volume.flush().unwrap();
+        drop(volume);
+        let report = snapshot(&id);
+        let whole = MemoryDisk(expected.clone());
+        assert_eq!(report.digest, host.store.import(&whole, &whole).unwrap().digest, "round {round}");
+        let again = snapshot(&id);
+        assert!(again.existed && again.digest == report.digest, "round {round}: nothing was written since");
+        let record = host.volumes.record(&id).unwrap();
+        assert_eq!((record.base, record.layers.len()), (Some(report.digest), 1));
+        let clone = VolumeId::random();
+        host.volumes.create(&clone, size as u64, Some(&host.store.manifest(&report.digest).unwrap())).unwrap();
+        check_equal(&host.open(&clone), &expected);
+        host.open(&clone).write_at(&[1; 512], 0, true).unwrap();
+        check_equal(&host.open(&id), &expected);
+        assert!(host.volumes.bases().unwrap().contains(&(clone, vec![report.digest])));
+    }
+    let path = host.dir.path().join("volumes").join(id.as_str());
+    // Freed beside what goes on; the runner's time limit ends a test that waits in vain.
+    while std::fs::read_dir(&path).unwrap().count() > 1 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn an_open_volume_grows_and_tells_who_listens() {
+    let host = Host::new();
+    let image = sample_image(31, 20);
+    let manifest = host.import(&image);
+    let id = VolumeId::random();
+    // Sizes that end within a block, whose rest must be zero afterwards.
+    let size = image.len() + 512;
+    host.volumes.create(&id, size as u64, Some(&manifest)).unwrap();
+    let volume = host.open(&id);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let listener = Arc::clone(&heard);
+    volume.on_resize(Box::new(move |size_bytes| listener.lock().unwrap().push(size_bytes)));
+    let mut expected = image.clone();
+    expected.resize(size, 0);
+    volume.write_at(&[7; 100], size as u64 - 100, false).unwrap();
+    expected[size - 100..].fill(7);
+    for more in [512, 1024, 3 * 4096, 4096 + 1536] {
+        let frozen = (more == 1024).then(|| volume.freeze().unwrap());
+        let size = expected.len() + more;
+        volume.grow(size as u64).unwrap();
+        expected.resize(size, 0);
+        assert_eq!(volume.size_bytes(), size as u64);
+        check_equal(&volume, &expected);
+        volume.write_at(&[9; 300], size as u64 - 300, false).unwrap();
+        expected[size - 300..].fill(9);
+        drop(frozen);
+    }
+    for bad in [expected.len() as u64 - 512, expected.len() as u64 + 1, (64 << 40) + 512] {
+        assert_eq!(volume.grow(bad).unwrap_err().kind(), VolumeErrorKind::BadSize, "{bad}");
+    }
+    assert_eq!(heard.lock().unwrap().len(), 4);
+    check_equal(&volume, &expected);
+    let report = volume.snapshot(&MemoryDisk(Vec::new())).unwrap();
+    let whole = MemoryDisk(expected.clone());
+    assert_eq!(report.digest, host.store.import(&whole, &whole).unwrap().digest);
+    assert_eq!(
+        host.volumes.resize(&id, 1 << 30).unwrap_err().kind(),
+        VolumeErrorKind::InUse,
+        "it is open, and grows by itself"
+    );
+    drop(volume);
+    let size = expected.len() as u64;
+    assert_eq!(host.volumes.resize(&id, size - 512).unwrap_err().kind(), VolumeErrorKind::BadSize);
+    host.volumes.resize(&id, 1 << 40).unwrap();
+    let volume = host.open(&id);
+    assert_eq!(volume.size_bytes(), 1 << 40);
+    check_equal(&volume, &expected);
+    let mut last = [1; 4096];
+    volume.read_at(&mut last, (1 << 40) - 4096).unwrap();
+    assert!(last == [0; 4096]);
+}
+
+#[test]
+fn a_volume_of_version_1_is_opened_and_its_layer_is_kept() {
+    let host = Host::new();
+    let image = sample_image(41, 16);
+    let manifest = host.import(&image);
+    let id: VolumeId = "vol-0123456789abcdef0".parse().unwrap();
+    let path = host.dir.path().join("volumes").join(id.as_str());
+    std::fs::create_dir(&path).unwrap();
+    let put = |name: &str, bytes: &[u8]| {
+        std::fs::File::create(path.join(name)).and_then(|mut f| std::io::Write::write_all(&mut f, bytes)).unwrap();
+    };
+    let digest = manifest.digest();
+    put(
+        "volume.json",
+        format!(r#"{{"format_version":1,"id":"{id}","size_bytes":65536,"base":"{digest}"}}"#).as_bytes(),
+    );
+    // Block 0 is that of the image, block 1 in the overlay, block 2 zero.
+    put("map", &[&[0b10_01_00_u8][..], &[0; 4095]].concat());
+    put("data.0", &[[0; 4096], [5; 4096]].concat());
+    let mut expected = image.clone();
+    expected[4096..8192].fill(5);
+    expected[8192..12288].fill(0);
+    let volume = host.open(&id);
+    check_equal(&volume, &expected);
+    let frozen = volume.freeze().unwrap();
+    volume.write_at(&[6; 4096], 0, true).unwrap();
+    expected[..4096].fill(6);
+    drop((frozen, volume));
+    assert_eq!(host.volumes.record(&id).unwrap().layers, [1, 0]);
+    let volume = host.open(&id);
+    check_equal(&volume, &expected);
+    check_status(&volume, &expected);
+}
+
+#[test]
+fn volumes_that_were_never_completed_are_not_there_and_damaged_ones_are_told() {
+    let host = Host::new();
+    let manifest = host.import(&sample_image(51, 4));
+    let id = VolumeId::random();
+    host.volumes.create(&id, 1 << 20, Some(&manifest)).unwrap();
+    let volumes = host.dir.path().join("volumes");
+    let other = VolumeId::random();
+    std::fs::create_dir(volumes.join(other.as_str())).unwrap();
+    let expected = [(id.clone(), vec![manifest.digest()])];
+    assert_eq!(host.volumes.bases().unwrap(), expected);
+    std::fs::File::create(volumes.join(other.as_str()).join("volume.json")).unwrap();
+    assert_eq!(host.volumes.bases().unwrap(), expected);
+    assert_eq!(host.volumes.record(&other).unwrap_err().kind(), VolumeErrorKind::NotFound);
+    let mut file = std::fs::File::create(volumes.join(other.as_str()).join("volume.json")).unwrap();
+    std::io::Write::write_all(&mut file, b"{").unwrap();
+    assert_eq!(host.volumes.bases().unwrap_err().kind(), VolumeErrorKind::Corrupt);
 }

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bulbil_export::nbd::{Export, NbdServer, ServerHandle};
+use bulbil_export::nbd::{Export, NbdServer, ServeError, ServerHandle};
+use bulbil_export::vhost_user::{Options, VhostUserHandle, VhostUserServer};
 use bulbil_format::seed::write_iso9660;
 use bulbil_metadata::{InstanceView as MetadataView, nocloud_seed, smbios, system_uuid};
 use bulbil_types::{BootMode, Personality};
 use bulbil_vm::accel::{self, Accelerator};
+use bulbil_vm::attach::{self, DiskAttach, DiskChoice};
 use bulbil_vm::spec::{Disk, DiskSource, Firmware, InstanceSpec, Nic, Paths, Smbios, SocketRole, disk_serial};
 use bulbil_vm::{QemuCommand, QemuProcess, qemu, qemu_argv};
 use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
@@ -24,14 +26,19 @@ fn failed(what: &str) -> impl Fn(&(dyn std::error::Error + 'static)) -> ControlE
     move |e| ControlError::with_source(ErrorCode::Failed, what, e)
 }
 
-/// The instance's disk, open and served.
+/// The instance's disk, open, and served once its machine is about to start.
 pub(super) struct ServedDisk {
     volume: Arc<Volume>,
-    server: ServerHandle,
+    server: Option<DiskServer>,
+}
+
+enum DiskServer {
+    Nbd(ServerHandle),
+    VhostUser(VhostUserHandle),
 }
 
 impl ServedDisk {
-    /// Opens the volume and serves it on the instance's socket.
+    /// Opens the volume.
     pub(super) fn open(data: &DataDir, record: &InstanceRecord) -> Result<Self, ControlError> {
         let (store, _) = open_store(data, &StoreChoice::default())?;
         let cache = open_cache(data)?;
@@ -39,22 +46,55 @@ impl ServedDisk {
         let volume = volumes
             .open_volume(&record.volume_id, &Arc::new(store), &Arc::new(cache))
             .map_err(|e| failed("cannot open the root disk")(&e))?;
-        let volume = Arc::new(volume);
+        Ok(Self { volume: Arc::new(volume), server: None })
+    }
+
+    /// Serves the volume on the instance's socket, and returns where its machine finds it.
+    fn serve(
+        &mut self,
+        directory: &InstanceDir,
+        record: &InstanceRecord,
+        attach: DiskAttach,
+        queues: u16,
+    ) -> Result<DiskSource, ControlError> {
+        let socket = directory.socket("disk");
+        let served = match attach {
+            DiskAttach::Nbd => self.serve_nbd(&socket, record).map(DiskServer::Nbd),
+            DiskAttach::VhostUser => self.serve_vhost_user(&socket, record, queues).map(DiskServer::VhostUser),
+        };
+        self.server = Some(served.map_err(|e| failed("cannot serve the root disk")(&e))?);
+        Ok(match attach {
+            DiskAttach::Nbd => DiskSource::Nbd { socket, export: String::new() },
+            DiskAttach::VhostUser => DiskSource::VhostUser { socket, queues },
+        })
+    }
+
+    fn serve_nbd(&self, socket: &Path, record: &InstanceRecord) -> Result<ServerHandle, ServeError> {
         let export = Export {
             name: String::new(),
             description: format!("{} of {}", record.volume_id, record.id),
-            device: Arc::clone(&volume) as _,
+            device: Arc::clone(&self.volume) as _,
         };
-        let socket = data.instance(&record.id).socket("disk");
-        let served = NbdServer::bind(&socket).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
-        let server = served.map_err(|e| failed("cannot serve the root disk")(&e))?;
-        Ok(Self { volume, server })
+        NbdServer::bind(socket)?.export(export)?.spawn()
+    }
+
+    fn serve_vhost_user(
+        &self,
+        socket: &Path,
+        record: &InstanceRecord,
+        queues: u16,
+    ) -> Result<VhostUserHandle, ServeError> {
+        let options = Options { serial: disk_serial(&record.volume_id), queues, ..Options::default() };
+        VhostUserServer::bind(socket, Arc::clone(&self.volume) as _, options)?.spawn()
     }
 
     /// Ends the server and makes everything durable.
     pub(super) fn close(self) -> Result<(), ControlError> {
-        self.server.shutdown();
-        self.server.wait();
+        match self.server {
+            Some(DiskServer::Nbd(server)) => server.shutdown(),
+            Some(DiskServer::VhostUser(server)) => server.shutdown(),
+            None => {}
+        }
         self.volume.flush().map_err(|e| failed("cannot flush the root disk")(&e))
     }
 }
@@ -65,17 +105,19 @@ pub(super) struct Machine {
     pub(super) accelerator: Accelerator,
 }
 
-/// Starts QEMU for an instance whose disk and network are there already.
+/// Serves the disk and starts QEMU for an instance whose network is there already.
 pub(super) async fn start(
     program: &Path,
     directory: &InstanceDir,
     record: &InstanceRecord,
     view: &MetadataView,
+    disk: &mut ServedDisk,
 ) -> Result<Machine, ControlError> {
     let missing = |e: &qemu::QemuError| ControlError::new(ErrorCode::MissingProgram, e.to_string());
     let search_path = std::env::var_os("PATH").unwrap_or_default();
     let found = qemu::find_qemu(None, &search_path).map_err(|e| missing(&e))?;
-    let binary = qemu::QemuBinary::probe(&found).await.map_err(|e| missing(&e))?;
+    let (binary, attach) = tokio::join!(qemu::QemuBinary::probe(&found), choose_attach(&found));
+    let (binary, attach) = (binary.map_err(|e| missing(&e))?, attach?);
     let choice = std::env::var(process::ACCEL_VARIABLE).unwrap_or_default();
     let choice = choice.parse().map_err(|e: accel::ParseAccelError| failed("cannot choose an accelerator")(&e))?;
     let detection = accel::detect_accelerator(choice, &kvm_probe(program))
@@ -83,9 +125,10 @@ pub(super) async fn start(
         .map_err(|e| failed("cannot choose an accelerator")(&e))?;
     let firmware = firmware(directory, record)?;
     let seed_iso = seed(directory, record, view)?;
-    let spec = spec(directory, record, view, detection.accelerator, firmware, seed_iso, binary.sandbox);
+    let disk = disk.serve(directory, record, attach, disk_queues(detection.accelerator, record.cpus))?;
+    let spec = spec(directory, record, view, detection.accelerator, firmware, seed_iso, binary.sandbox, disk);
     let argv = qemu_argv(&spec, &binary.version).map_err(|e| failed("cannot describe the machine")(&e))?;
-    tracing::info!(?argv, "starting the virtual machine");
+    tracing::info!(?argv, disk = %attach, "starting the virtual machine");
     let command = QemuCommand {
         program: binary.path,
         argv,
@@ -95,6 +138,18 @@ pub(super) async fn start(
     };
     let process = QemuProcess::spawn(command).await.map_err(|e| failed("cannot start the virtual machine")(&e))?;
     Ok(Machine { process, accelerator: detection.accelerator })
+}
+
+async fn choose_attach(qemu: &Path) -> Result<DiskAttach, ControlError> {
+    let choice = std::env::var(process::DISK_VARIABLE).unwrap_or_default();
+    let choice = choice.parse().map_err(|e: attach::ParseDiskChoiceError| failed("cannot attach the root disk")(&e))?;
+    let has_device = choice != DiskChoice::Nbd && qemu::has_vhost_user_blk(qemu).await;
+    attach::choose_attach(choice, has_device).map_err(|e| failed("cannot attach the root disk")(&e))
+}
+
+/// Emulated processors are too slow to keep more than one queue busy.
+fn disk_queues(accelerator: Accelerator, cpus: u32) -> u16 {
+    if accelerator == Accelerator::Kvm && cpus > 1 { 2 } else { 1 }
 }
 
 fn firmware(directory: &InstanceDir, record: &InstanceRecord) -> Result<Firmware, ControlError> {
@@ -123,6 +178,7 @@ fn seed(
     Ok(Some(path))
 }
 
+#[expect(clippy::too_many_arguments, reason = "one place that knows all parts of a machine")]
 fn spec(
     directory: &InstanceDir,
     record: &InstanceRecord,
@@ -131,6 +187,7 @@ fn spec(
     firmware: Firmware,
     seed_iso: Option<std::path::PathBuf>,
     sandbox: bool,
+    disk: DiskSource,
 ) -> InstanceSpec {
     InstanceSpec {
         name: record.name.to_string(),
@@ -143,7 +200,7 @@ fn spec(
         smbios: smbios(view).into_iter().map(|table| Smbios::new(table.table, table.fields)).collect(),
         disks: vec![Disk {
             node: "disk0".to_owned(),
-            source: DiskSource::Nbd { socket: directory.socket("disk"), export: String::new() },
+            source: disk,
             serial: disk_serial(&record.volume_id),
             read_only: false,
             boot_index: Some(0),

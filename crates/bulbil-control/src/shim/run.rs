@@ -134,7 +134,7 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
     let (request_sender, requests) = mpsc::channel(16);
     tokio::spawn(serve_clients(listener, states.subscribe(), request_sender));
 
-    let disk = ServedDisk::open(data, &record)?;
+    let mut disk = ServedDisk::open(data, &record)?;
     let user_data = match std::fs::read(directory.file("user-data")) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         other => Some(other.map_err(|e| ControlError::io("cannot read the user data", &e))?),
@@ -150,7 +150,7 @@ async fn live(data: &DataDir, directory: &InstanceDir, program: PathBuf) -> Resu
     let ssh_port = network::open_ports(&record, &handle).await?;
     let target =
         SshTarget { port: ssh_port, identity: keys::own_private_key(data), known_hosts: directory.file("known_hosts") };
-    let machine = machine::start(&program, directory, &record, &view).await?;
+    let machine = machine::start(&program, directory, &record, &view, &mut disk).await?;
     let ssh = SshAccess {
         address: "127.0.0.1".to_owned(),
         port: ssh_port,

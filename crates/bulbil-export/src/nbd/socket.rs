@@ -21,7 +21,7 @@ const BACKLOG: i32 = 128;
 
 /// A socket file made by this process; dropping it removes the file if it is still this one.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode number.
     identity: (u64, u64),
@@ -40,7 +40,7 @@ impl Drop for SocketFile {
 ///
 /// A socket file on which nothing listens is replaced. Two servers that start on one path at the
 /// same moment are kept apart by whatever they serve (a volume is locked), not here.
-pub(super) fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ServeError> {
+pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ServeError> {
     if path.as_os_str().as_bytes().len() > MAX_PATH_BYTES {
         return Err(ServeError::PathTooLong { path: path.to_owned(), limit_bytes: MAX_PATH_BYTES });
     }

@@ -150,7 +150,12 @@ impl Objects for DirObjects {
 
     fn get(&self, name: &str, limit_bytes: u64) -> Result<Vec<u8>, StoreError> {
         let file = self.open_object(name)?;
-        let len = file.metadata().map_err(|e| StoreError::io(format!("cannot read object `{name}`"), e))?.len();
+        let metadata = file.metadata().map_err(|e| StoreError::io(format!("cannot read object `{name}`"), e))?;
+        if metadata.is_dir() {
+            let text = format!("`{name}` is a directory of objects");
+            return Err(StoreError::new(crate::StoreErrorKind::NotFound, text));
+        }
+        let len = metadata.len();
         if len > limit_bytes {
             return Err(StoreError::corrupt(format!("object `{name}` has {len} bytes, the limit is {limit_bytes}")));
         }

@@ -299,7 +299,7 @@ impl Store {
 /// Packs fall into shares by the first half of their random ids.
 fn is_in_share(id: PackId, (index, count): (u32, u32)) -> bool {
     let number = u32::from_be_bytes(*id.0.first_chunk().expect("4 of 16 bytes"));
-    u64::from(number) * u64::from(count.max(1)) >> 32 == u64::from(index)
+    (u64::from(number) * u64::from(count.max(1))) >> 32 == u64::from(index)
 }
 
 /// Tells other block hashes in single packs from another key for all of them.

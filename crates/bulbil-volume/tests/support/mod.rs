@@ -1,111 +1,98 @@
-//! A host whose store is scripted.
-#![allow(dead_code, reason = "each test binary uses a part of this")]
+//! An image to put volumes above, and random requests to them.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "each test uses its part; a test may panic and makes small numbers"
+)]
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use bulbil_store::{Digest, Manifest, Store, StoreOptions};
-use bulbil_testkit::{MemoryDisk, Request, Rng, ScriptedObjects};
-use bulbil_types::VolumeId;
-use bulbil_volume::{BaseCache, BlockDevice as _, Volume, VolumeDirectory};
+use bulbil_store::{Manifest, Store};
+use bulbil_testkit::{DiskOracle, MemoryDisk, Rng, tagged};
+use bulbil_volume::{BaseCache, BlockDevice as _, StorageDirectory, Volume};
 
-pub(crate) const FRAME: usize = 128 << 10;
+/// Sectors of the image.
+pub const SECTORS: u64 = 96 * 8;
 
-/// A directory with a store, a cache and volumes.
-pub(crate) struct Host {
-    pub(crate) path: PathBuf,
-    pub(crate) objects: Arc<ScriptedObjects>,
-    pub(crate) store: Arc<Store>,
-    pub(crate) volumes: VolumeDirectory,
+/// An image of tagged sectors, half of it zero, in a store of its own.
+pub struct Image {
+    pub store: Arc<Store>,
+    pub cache: Arc<BaseCache>,
+    pub manifest: Manifest,
+    pub content: Vec<u8>,
 }
 
-impl Host {
-    pub(crate) fn open(path: &Path, remote: bool) -> Self {
-        Self::with_objects(path, ScriptedObjects::open(&path.join("store"), remote))
+impl Image {
+    pub fn make(directory: &Path) -> Self {
+        let mut content = Vec::new();
+        for block in 0..SECTORS / 8 {
+            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
+        }
+        let store = Arc::new(Store::open_or_create(&directory.join("store")).unwrap());
+        let disk = MemoryDisk(content.clone());
+        let report = store.import(&disk, &disk).unwrap();
+        let manifest = store.manifest(&report.digest).unwrap();
+        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
+        Self { store, cache, manifest, content }
     }
 
-    pub(crate) fn with_objects(path: &Path, objects: Arc<ScriptedObjects>) -> Self {
-        let store = open_store(path, &objects);
-        let volumes = VolumeDirectory::open(&path.join("volumes")).unwrap();
-        Self { path: path.to_owned(), objects, store, volumes }
-    }
-
-    /// Imports a disk; what the import has read is not counted.
-    pub(crate) fn import(&mut self, content: &[u8]) -> Manifest {
-        let disk = MemoryDisk(content.to_vec());
-        let digest = self.store.import(&disk, &disk).unwrap().digest;
-        // Opened anew: the import has left footers in memory.
-        self.store = open_store(&self.path, &self.objects);
-        self.objects.take_requests();
-        self.store.manifest(&digest).unwrap()
-    }
-
-    pub(crate) fn cache(&self) -> Arc<BaseCache> {
-        Arc::new(BaseCache::open(&self.path.join("cache")).unwrap())
-    }
-
-    pub(crate) fn forget_cache(&self) {
-        drop(std::fs::remove_dir_all(self.path.join("cache")));
-    }
-
-    pub(crate) fn volume(&self, manifest: &Manifest, cache: &Arc<BaseCache>) -> Volume {
-        let id = VolumeId::random();
-        self.volumes.create(&id, manifest.size_bytes(), Some(manifest)).unwrap();
-        self.volumes.open_volume(&id, &self.store, cache).unwrap()
-    }
-
-    pub(crate) fn pack_bytes(&self, manifest: &Manifest) -> HashMap<String, u64> {
-        let named = |pack: &bulbil_store::PackRef| {
-            let id = pack.id.to_string();
-            (format!("packs/{}/{id}.pack", &id[..2]), pack.len_bytes)
-        };
-        manifest.packs().iter().map(named).collect()
-    }
-
-    /// Those of the requests that read frames.
-    pub(crate) fn frame_requests(&self, manifest: &Manifest, requests: Vec<Request>) -> Vec<Request> {
-        let packs = self.pack_bytes(manifest);
-        requests.into_iter().filter(|r| r.reads_frames(packs[&r.name])).collect()
+    pub fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
+        let size_bytes = self.content.len() as u64;
+        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
     }
 }
 
-fn open_store(path: &Path, objects: &Arc<ScriptedObjects>) -> Arc<Store> {
-    let options = StoreOptions { state_directory: path.join("state"), owner: "0000000000000000".parse().unwrap() };
-    Arc::new(Store::open(Arc::clone(objects) as Arc<_>, options).unwrap())
+pub fn read_all(volume: &Volume) -> Vec<u8> {
+    let mut content = vec![0; volume.size_bytes() as usize];
+    volume.read_at(&mut content, 0).unwrap();
+    content
 }
 
-pub(crate) fn open_manifest(host: &Host, digest: &Digest) -> Manifest {
-    host.store.manifest(digest).unwrap()
-}
-
-/// Bytes that do not compress, without zero blocks.
-pub(crate) fn noise(seed: u64, frames: usize) -> Vec<u8> {
-    Rng::new(seed).bytes(frames * FRAME)
-}
-
-pub(crate) fn check_read(volume: &Volume, image: &[u8], offset: usize, len: usize) {
-    let mut found = vec![0xee; len];
-    volume.read_at(&mut found, offset as u64).unwrap();
-    assert!(found == image[offset..offset + len], "{len} bytes at {offset:#x}");
-}
-
-/// Panics when two requests have read the same byte of an object.
-pub(crate) fn check_disjoint(requests: &[Request]) {
-    let mut ranges: Vec<_> = requests.iter().map(|r| (&r.name, r.offset, r.offset + r.len_bytes as u64)).collect();
-    ranges.sort();
-    for pair in ranges.windows(2) {
-        let twice = pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2;
-        assert!(!twice, "read twice: {:?} and {:?}", pair[0], pair[1]);
+/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
+pub fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
+    let sectors_in_all = volume.size_bytes() / 512;
+    let first = rng.below(sectors_in_all);
+    let whole_blocks = rng.one_in(2);
+    let first = if whole_blocks { first / 8 * 8 } else { first };
+    let longest = if rng.one_in(4) { 80 } else { 12 };
+    let sectors = (1 + rng.below(longest)).min(sectors_in_all - first);
+    let sectors = if whole_blocks { sectors.next_multiple_of(8) } else { sectors };
+    let (offset, len_bytes) = (first * 512, sectors * 512);
+    let fua = rng.one_in(8);
+    let done = match rng.below(10) {
+        0..=5 => {
+            oracle.write(first, sectors, tag);
+            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
+        }
+        6 => {
+            oracle.write(first, sectors, 0);
+            volume.write_zeroes(offset, len_bytes, fua)
+        }
+        7 => {
+            // A discard takes whole blocks only.
+            let (from, to) = (first.next_multiple_of(8), (first + sectors) / 8 * 8);
+            if from < to {
+                oracle.write(from, to - from, 0);
+            }
+            volume.discard(offset, len_bytes, fua)
+        }
+        _ => {
+            if volume.flush().is_err() {
+                return false;
+            }
+            oracle.flushed();
+            return true;
+        }
+    };
+    if done.is_err() {
+        return false;
     }
-}
-
-/// Waits until something is so, and panics when it is not so in half a minute.
-pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !is_so() {
-        assert!(started.elapsed() < Duration::from_secs(30), "waited in vain until {what}");
-        std::thread::sleep(Duration::from_millis(2));
+    if fua {
+        // This volume makes everything durable with a FUA write.
+        oracle.flushed();
     }
+    true
 }

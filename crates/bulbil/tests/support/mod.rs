@@ -147,7 +147,8 @@ impl Home {
         let mut command = Command::new(program);
         command.env_clear().env("PATH", &self.search_path).env("HOME", self.dir.path()).env("LC_ALL", "C");
         command.env("BULBIL_DATA_DIR", self.data()).env("BULBIL_ACCEL", "tcg").current_dir(self.dir.path());
-        command.stdin(Stdio::null());
+        // Tests read disks of running instances over NBD.
+        command.env("BULBIL_DISK", "nbd").stdin(Stdio::null());
         command
     }
 

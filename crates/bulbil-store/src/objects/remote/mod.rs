@@ -232,10 +232,13 @@ fn connect(location: &S3Location, service: Service, counters: &Arc<Counters>) ->
     drop(rustls::crypto::ring::default_provider().install_default());
     let authority = service.endpoint.split("://").nth(1).and_then(|rest| rest.split('/').next());
     let authority = authority.unwrap_or_default().to_owned();
-    let client = ClientOptions::new()
-        .with_allow_http(service.endpoint.starts_with("http://"))
-        .with_connect_timeout(CONNECT_TIMEOUT)
-        .with_timeout_disabled();
+    let plain = service.endpoint.starts_with("http://");
+    let mut client =
+        ClientOptions::new().with_allow_http(plain).with_connect_timeout(CONNECT_TIMEOUT).with_timeout_disabled();
+    if plain && !matches!(service.credentials, Credentials::Provider(_)) {
+        // Nothing here is encrypted: a host without certificates will do.
+        client = client.with_no_system_certificates(true);
+    }
     let no_retries = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let mut builder = AmazonS3Builder::new()
         .with_bucket_name(&location.bucket)
