@@ -8,7 +8,8 @@ use std::time::Duration;
 
 pub use bulbil_store::StoreLocation;
 use bulbil_store::{
-    GcOptions, Objects, OwnerId, PackFate, RemoteOptions, Store, StoreError, StoreErrorKind, StoreOptions,
+    GcOptions, Objects, OwnerId, PackFate, RemoteObjects, RemoteOptions, Store, StoreError, StoreErrorKind,
+    StoreOptions,
 };
 use bulbil_volume::{BaseCache, CacheOptions};
 
@@ -163,7 +164,7 @@ pub(crate) struct OpenRequest<'a> {
 /// Opens a store, or makes one where there is none.
 pub(crate) fn open_or_create(request: &OpenRequest<'_>) -> Result<Store, StoreError> {
     let options = StoreOptions { state_directory: state_directory(request), owner: request.owner };
-    Store::open(open_objects(request.location)?, options)
+    Store::open(objects_for_a_store(request.location)?, options)
 }
 
 /// Opens a store; `None` where there is none.
@@ -181,6 +182,17 @@ pub(crate) fn exists(location: &StoreLocation) -> Result<bool, StoreError> {
         Err(e) if e.kind() == StoreErrorKind::NotFound => Ok(false),
         other => other.map(|_| true),
     }
+}
+
+/// Opens objects in which a store may be made: a service that takes conditions and ignores them is found out first.
+fn objects_for_a_store(location: &StoreLocation) -> Result<Arc<dyn Objects>, StoreError> {
+    let StoreLocation::S3(bucket) = location else { return open_objects(location) };
+    let objects = RemoteObjects::open(bucket, &RemoteOptions::from_process_environment())?;
+    match objects.get_range(SETTINGS_OBJECT, 0, 1) {
+        Err(e) if e.kind() == StoreErrorKind::NotFound => objects.check_conditional_put()?,
+        other => drop(other?),
+    }
+    Ok(Arc::new(objects))
 }
 
 fn open_objects(location: &StoreLocation) -> Result<Arc<dyn Objects>, StoreError> {

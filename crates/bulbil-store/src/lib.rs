@@ -41,9 +41,9 @@ mod digest;
 mod error;
 mod frame;
 mod gc;
-mod image_record;
 #[cfg(test)]
 mod golden;
+mod image_record;
 mod import;
 mod index;
 mod lease;

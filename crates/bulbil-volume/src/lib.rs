@@ -19,6 +19,7 @@
 //! | `overlay` | order of data, map and syncs |
 //! | `base`, `image` | reads an image through frames that were verified once |
 //! | `cache`, `cache_file`, `cache_upkeep` | the cache's files, their bound |
+//! | `cache_heal` | damaged frames of the store are healed from the cache |
 //! | `fetch`, `fetch_pool`, `fetch_ahead` | each missing frame once, together with its neighbours, and ahead |
 //! | `trace`, `trace_record`, `trace_replay` | what a boot touches: stored form, recording, prefetch |
 //! | `warm` | fills the cache with an image |
@@ -30,6 +31,7 @@
 mod base;
 mod cache;
 mod cache_file;
+mod cache_heal;
 mod cache_upkeep;
 mod device;
 mod directory;
@@ -53,6 +55,7 @@ mod volume;
 mod warm;
 
 pub use cache::{BaseCache, CacheOptions};
+pub use cache_heal::CacheHealer;
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
 pub use error::{VolumeError, VolumeErrorKind};
 pub use read_stats::ReadStats;
