@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bulbil_control::{
     ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord, ImportRequest,
-    InstanceView, LaunchRequest, OfferedImages, OtherStore,
+    InstanceView, LaunchRequest, OfferedImages, OtherStore, ScrubRequest, StoreStats,
 };
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
@@ -280,22 +280,36 @@ impl Client {
         self.call(Method::DELETE, &format!("/v1/instances/{}?force={force}", escape(instance))).await
     }
 
-    /// What the store takes.
+    /// What the store holds and what each image costs.
     ///
     /// # Errors
     /// As every call.
-    pub async fn store_usage(&self) -> Result<serde_json::Value, ClientError> {
+    pub async fn store_stats(&self) -> Result<StoreStats, ClientError> {
         self.call(Method::GET, "/v1/store").await
     }
-}
 
-impl Client {
     /// Frees what nothing uses in the store.
     ///
     /// # Errors
     /// As every call.
     pub async fn collect_garbage(&self, request: &GcRequest) -> Result<EventStream, ClientError> {
         self.stream("/v1/store/gc", request).await
+    }
+
+    /// Reads the store again; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn scrub(&self, request: &ScrubRequest) -> Result<EventStream, ClientError> {
+        self.stream("/v1/store/scrub", request).await
+    }
+
+    /// Brings an image into the cache; dropping the stream stops it.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn warm(&self, image: &str) -> Result<EventStream, ClientError> {
+        self.stream(&format!("/v1/images/{}/warm", escape(image)), &()).await
     }
 }
 

@@ -4,7 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use bulbil_control::{
-    ControlError, CopiedImage, ExportProgress, GcReport, ImageRecord, ImportProgress, InstanceView, WrittenFile,
+    ControlError, CopiedImage, ExportProgress, GcReport, ImageRecord, ImportProgress, InstanceView, ScrubProgress,
+    ScrubReport, WarmedImage, WrittenFile,
 };
 use serde::{Deserialize, Serialize};
 
@@ -26,12 +27,24 @@ pub enum Event {
         /// What that store offers now.
         copied: Box<CopiedImage>,
     },
-    /// An export has come so far.
+    /// An export, or the filling of the cache, has come so far.
     ExportProgress(ExportProgress),
     /// An export is complete.
     File {
         /// What was written.
         file: Box<WrittenFile>,
+    },
+    /// A scrub has come so far.
+    ScrubProgress(ScrubProgress),
+    /// A scrub has ended.
+    Scrubbed {
+        /// What it found.
+        report: Box<ScrubReport>,
+    },
+    /// An image is in the cache.
+    Warmed {
+        /// What was done for it.
+        warmed: Box<WarmedImage>,
     },
     /// A collection has ended.
     Collected {

@@ -1,9 +1,9 @@
 //! The REST API of the Bulbil daemon: server and client.
 //!
 //! HTTP/1.1 over the unix socket in the data directory; whoever may open the socket may do
-//! everything. Bodies are JSON. What takes long (`import`, `export`, `copy`, `launch`, `start`) answers with a
+//! everything. Bodies are JSON. What takes long (imports, exports, copies, `warm`, `gc`, `scrub`, `launch`, `start`) answers with a
 //! stream of [`Event`]s, one JSON document per line; the last one is `done` or `error`. Dropping the
-//! connection cancels an import, export or copy, and only ends the watching of a launch.
+//! connection cancels an import, export, copy, warm or scrub, and only ends the watching of a launch.
 //!
 //! | method and path | does |
 //! |---|---|
@@ -12,6 +12,7 @@
 //! | `GET`, `DELETE /v1/images/{image}` | shows; removes |
 //! | `POST /v1/images/{image}/export` | writes a disk image file (stream) |
 //! | `POST /v1/images/{image}/copy` | copies into another store (stream) |
+//! | `POST /v1/images/{image}/warm` | fills the cache with it (stream) |
 //! | `POST /v1/image-copies` | copies from another store (stream) |
 //! | `POST /v1/offered-images` | lists what another store offers by name |
 //! | `GET /v1/instances`, `POST /v1/instances?wait=` | lists; launches (stream) |
@@ -26,7 +27,9 @@
 //! | `GET /v1/snapshots` | lists |
 //! | `GET`, `DELETE /v1/snapshots/{snapshot}` | shows; removes |
 //! | `GET /v1/store` | what the store takes |
+//! | `GET /v1/store` | what the store holds and what each image costs |
 //! | `POST /v1/store/gc` | frees what nothing uses (stream) |
+//! | `POST /v1/store/scrub` | reads everything again, names and heals damage (stream) |
 //! | `POST /v1/shutdown` | ends the daemon; instances go on |
 //!
 //! Errors are `{"error": {"code", "message", "causes"}}` with a matching status; `code` is an

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bulbil_control::{
     Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord,
-    ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore,
+    ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore, ScrubRequest, StoreStats,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -50,6 +50,7 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/images/{image}", get(show_image).delete(remove_image))
         .route("/v1/images/{image}/export", post(export_image))
         .route("/v1/images/{image}/copy", post(copy_image_to))
+        .route("/v1/images/{image}/warm", post(warm_image))
         .route("/v1/image-copies", post(copy_image_from))
         .route("/v1/offered-images", post(offered_images))
         .route("/v1/instances", get(list_instances).post(launch))
@@ -57,8 +58,9 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/instances/{instance}", get(show_instance).delete(remove_instance))
         .route("/v1/instances/{instance}/start", post(start_instance))
         .route("/v1/instances/{instance}/stop", post(stop_instance))
-        .route("/v1/store", get(store_usage))
+        .route("/v1/store", get(store_stats))
         .route("/v1/store/gc", post(collect_garbage))
+        .route("/v1/store/scrub", post(scrub))
         .route("/v1/shutdown", post(shutdown))
         .merge(volumes::routes())
         .fallback(|| async { Failure(ControlError::new(ErrorCode::NotFound, "there is no such path in the API")) })
@@ -313,14 +315,8 @@ async fn remove_instance(
     Ok(Json(to_its_end(async move { api.control.remove_instance(&instance, query.force).await }).await?))
 }
 
-async fn store_usage(State(api): State<Api>) -> Answer<serde_json::Value> {
-    let usage = api.control.store_usage()?;
-    Ok(Json(serde_json::json!({
-        "packs": usage.packs,
-        "pack_bytes": usage.pack_bytes,
-        "manifests": usage.manifests,
-        "manifest_bytes": usage.manifest_bytes,
-    })))
+async fn store_stats(State(api): State<Api>) -> Answer<StoreStats> {
+    Ok(Json(api.control.store_stats().await?))
 }
 
 async fn collect_garbage(State(api): State<Api>, Json(request): Json<GcRequest>) -> Response {
@@ -331,6 +327,20 @@ async fn collect_garbage(State(api): State<Api>, Json(request): Json<GcRequest>)
             Ok(Event::Collected { report: Box::new(report) })
         },
     )
+}
+
+async fn scrub(State(api): State<Api>, Json(request): Json<ScrubRequest>) -> Response {
+    stream_work(Event::ScrubProgress, move |progress| async move {
+        let report = api.control.scrub(request, progress).await?;
+        Ok(Event::Scrubbed { report: Box::new(report) })
+    })
+}
+
+async fn warm_image(State(api): State<Api>, Path(image): Path<String>) -> Response {
+    stream_work(Event::ExportProgress, move |progress| async move {
+        let warmed = api.control.warm_image(&image, progress).await?;
+        Ok(Event::Warmed { warmed: Box::new(warmed) })
+    })
 }
 
 async fn shutdown(State(api): State<Api>) -> Json<Health> {

@@ -102,10 +102,10 @@ impl Control {
         &self.data
     }
 
-    /// Adds up what the store takes.
+    /// Adds up the objects of the store, without reading them.
     ///
     /// # Errors
-    /// `Failed` when it cannot be read.
+    /// `Failed` when it cannot be listed.
     pub fn store_usage(&self) -> Result<StoreUsage, ControlError> {
         self.store.usage().map_err(|e| ControlError::with_source(ErrorCode::Failed, "cannot read the store", &e))
     }

@@ -210,13 +210,13 @@ impl Control {
         listed.await.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the listing broke off", &e))?
     }
 
-    fn opening(&self) -> Opening {
+    pub(crate) fn opening(&self) -> Opening {
         Opening { owner: self.binding.owner, state_directory: self.data.store_state() }
     }
 }
 
 /// As what and with what on this host another store is opened.
-struct Opening {
+pub(crate) struct Opening {
     owner: bulbil_store::OwnerId,
     state_directory: PathBuf,
 }
@@ -232,7 +232,7 @@ impl Opening {
     }
 }
 
-fn open_other(other: &OtherStore, opening: &Opening) -> Result<Store, ControlError> {
+pub(crate) fn open_other(other: &OtherStore, opening: &Opening) -> Result<Store, ControlError> {
     let what = format!("cannot open the store `{}`", other.location);
     let opened = store_ops::open_existing(&opening.request(other)).map_err(|e| ControlError::store(&*what, &e))?;
     opened.ok_or_else(|| ControlError::new(ErrorCode::NotFound, format!("there is no store at `{}`", other.location)))

@@ -12,7 +12,6 @@ use bulbil_types::{Architecture, BootMode, ImageId, ImageRef, Name};
 use tokio::sync::mpsc;
 
 use crate::catalog::first_version;
-use crate::content_lease::leased_contents;
 use crate::control::{Control, now};
 use crate::error::{ControlError, ErrorCode};
 use crate::model::ImageRecord;

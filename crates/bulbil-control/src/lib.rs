@@ -16,6 +16,8 @@
 //! | `data_dir` | where everything lies |
 //! | `store_binding` | which store a data directory belongs to |
 //! | `store_ops` | how a store is opened |
+//! | `store_stats` | what it holds and what each image costs |
+//! | `store_scrub` | reads it again, names whom damage hits, heals |
 //! | `store_gc` | frees what nothing uses |
 //! | `store_check` | what `doctor` tells of it |
 //! | `cache_settings` | how large the base cache may become |
@@ -26,6 +28,7 @@
 //! | [`sandbox`] | takes a process every right it does not need |
 //! | `export` | images out of the store: `image_content` reads, `new_file` gives a name to what is complete |
 //! | `image_copy` | images from store to store |
+//! | `image_warm` | images into the base cache |
 //! | `disk_file`, `conversion` | disk image files as such, without a store |
 //! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
@@ -48,6 +51,7 @@ mod error;
 mod export;
 mod image_content;
 mod image_copy;
+mod image_warm;
 mod images;
 mod instances;
 mod keys;
@@ -60,6 +64,8 @@ mod store_binding;
 mod store_check;
 mod store_gc;
 mod store_ops;
+mod store_scrub;
+mod store_stats;
 mod target;
 mod volume_model;
 mod volume_ops;
@@ -79,6 +85,7 @@ pub use disk_file::{DiskDescription, DiskFile, SnapshotDescription, check_disks,
 pub use error::{ControlError, ErrorCode};
 pub use export::{ExportProgress, ExportRequest, WrittenFile};
 pub use image_copy::{CopiedImage, CopyFromRequest, CopyToRequest, OfferedImages, OtherStore};
+pub use image_warm::WarmedImage;
 pub use images::{ImportProgress, ImportRequest};
 pub use instances::LaunchRequest;
 pub use model::{
@@ -89,6 +96,8 @@ pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
 pub use store_binding::{StoreBinding, StoreChoice, open_store};
 pub use store_gc::{GcFate, GcPack, GcReport, GcRequest};
 pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
+pub use store_scrub::{Damage, DamageKind, DamagedVolume, ScrubProgress, ScrubReport, ScrubRequest};
+pub use store_stats::{ContentStats, StoreStats};
 pub use target::{Subformat, TargetCompression, TargetError, TargetFormat, TargetOptions};
 pub use volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
 pub use volume_use::{UsedDevice, use_content, use_volume};

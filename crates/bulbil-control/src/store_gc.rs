@@ -46,8 +46,10 @@ pub struct GcReport {
     pub deleted_packs: u64,
     /// Bytes of these.
     pub freed_bytes: u64,
-    /// Packs that were written anew, and are deleted by a later collection.
+    /// Packs of which the used part was written anew, or of a dry run is to be; then they go as the others do.
     pub repacked_packs: u64,
+    /// Bytes that were written for them, or of a dry run an estimate.
+    pub repacked_bytes: u64,
     /// Bytes that a later collection frees.
     pub later_bytes: u64,
 }
@@ -89,6 +91,9 @@ impl GcReport {
                 None => self.packs.push(told),
             }
         }
+        if let Some(repack) = &cycle.repack {
+            self.add_repack(repack);
+        }
         let sum = |fates: &[GcFate]| -> (u64, u64) {
             let found = self.packs.iter().filter(|pack| fates.contains(&pack.fate));
             found.fold((0, 0), |(packs, bytes), pack| (packs + 1, bytes + pack.bytes))
@@ -102,6 +107,26 @@ impl GcReport {
         let deleted = sum(now);
         self.later_bytes = if now.len() == 2 { 0 } else { sum(&[GcFate::Condemned]).1 };
         (self.deleted_packs, self.freed_bytes) = deleted;
+    }
+}
+
+impl GcReport {
+    /// Adds packs that are written anew; a later cycle deletes them, and its word counts.
+    fn add_repack(&mut self, repack: &bulbil_store::RepackReport) {
+        self.repacked_packs += repack.packs.len() as u64;
+        self.repacked_bytes += repack.new_bytes;
+        for pack in &repack.packs {
+            let percent = pack.live_blocks * 100 / pack.blocks.max(1);
+            let told = GcPack {
+                pack: pack.id.to_string(),
+                bytes: pack.len_bytes,
+                fate: GcFate::Repacked,
+                reason: format!("{percent} % of it is used, which is written to another pack"),
+            };
+            if !self.packs.iter().any(|known| known.pack == told.pack) {
+                self.packs.push(told);
+            }
+        }
     }
 }
 

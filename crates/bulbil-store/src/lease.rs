@@ -124,7 +124,7 @@ fn read_end(objects: &dyn Objects, id: &str) -> Result<End, StoreError> {
 
 /// A lease that this process holds.
 ///
-/// Dropping it gives it up, unless it was [left to expire](Self::leave_to_expire).
+/// Dropping it gives it up, unless nobody knows whether an announced manifest may still appear.
 #[derive(Debug)]
 pub(crate) struct WriteLease {
     objects: Arc<dyn Objects>,

@@ -10,31 +10,23 @@
 )]
 
 mod disk;
-mod objects;
-mod oracle;
-mod power_loss;
-mod rng;
-mod scripted;
-mod schedule;
-
-pub use disk::MemoryDisk;
-pub use objects::{FaultRates, FaultyObjects, ManualClock, MemoryObjects};
-pub use oracle::{DiskOracle, tagged};
-pub use power_loss::PowerLossDirectory;
-pub use rng::Rng;
-pub use scripted::{Answer, Request, ScriptedObjects};
-pub use schedule::{Schedule, ScheduledObjects};
 mod http_proxy;
+mod objects;
 mod objects_conformance;
 mod oracle;
 mod power_loss;
 mod rng;
 mod s3_server;
+mod schedule;
+mod scripted;
 
 pub use disk::MemoryDisk;
-pub use http_proxy::{Fault, FaultRates, HttpFaultProxy, LoggedRequest, Passed, ProxyOptions};
+pub use http_proxy::{Fault, FaultRates as HttpFaultRates, HttpFaultProxy, LoggedRequest, Passed, ProxyOptions};
+pub use objects::{FaultRates, FaultyObjects, ManualClock, MemoryObjects};
 pub use objects_conformance::objects_conformance;
 pub use oracle::{DiskOracle, tagged};
 pub use power_loss::PowerLossDirectory;
 pub use rng::Rng;
 pub use s3_server::S3Server;
+pub use schedule::{Schedule, ScheduledObjects};
+pub use scripted::{Answer, Request, ScriptedObjects};

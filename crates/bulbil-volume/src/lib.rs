@@ -21,6 +21,7 @@
 //! | `encrypted` | the same files with their content encrypted |
 //! | `base`, `image` | reads an image through frames that were verified once |
 //! | `cache`, `cache_file`, `cache_upkeep` | the cache's files, their bound |
+//! | `cache_heal` | damaged frames of the store are healed from the cache |
 //! | `fetch`, `fetch_pool`, `fetch_ahead` | each missing frame once, together with its neighbours, and ahead |
 //! | `trace`, `trace_record`, `trace_replay` | what a boot touches: stored form, recording, prefetch |
 //! | `warm` | fills the cache with an image |
@@ -32,6 +33,7 @@
 mod base;
 mod cache;
 mod cache_file;
+mod cache_heal;
 mod cache_upkeep;
 mod device;
 mod directory;
@@ -56,6 +58,7 @@ mod volume;
 mod warm;
 
 pub use cache::{BaseCache, CacheOptions};
+pub use cache_heal::CacheHealer;
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
 pub use encrypted::open_for_store;
 pub use error::{VolumeError, VolumeErrorKind};

@@ -83,6 +83,14 @@ impl Overlay {
         Ok(overlay)
     }
 
+    /// Creates the data files that another layer has open, so that no write has to wait for that.
+    pub(crate) fn create_files_of(&self, other: &Self) -> Result<(), BlockError> {
+        let segments = other.segments.read().unwrap_or_else(PoisonError::into_inner);
+        let numbers: Vec<_> = segments.iter().filter(|(_, file)| file.is_some()).map(|(number, _)| *number).collect();
+        drop(segments);
+        numbers.into_iter().try_for_each(|number| self.segment(number, true).map(drop))
+    }
+
     /// Whether every block is in state `Base`; may say `false` when that is so.
     pub(crate) fn is_untouched(&self) -> bool {
         !self.touched.load(Ordering::Acquire)

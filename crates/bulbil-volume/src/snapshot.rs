@@ -234,6 +234,9 @@ impl Volume {
         let files = Layer::directory(&self.directory, number);
         let top =
             Layer::new(number, Overlay::open(files, self.size_bytes(), Arc::clone(&self.poisoned))?, &self.directory);
+        if !self.stack().top().is_untouched() {
+            top.overlay.create_files_of(self.stack().top())?;
+        }
         let mut next = record.clone();
         next.layers.insert(0, number);
         let settling = Mutex::default();

@@ -255,6 +255,12 @@ pub(crate) enum ImageCommand {
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         image: String,
     },
+    /// Bring an image into the cache of this host, before an instance asks for it
+    Warm {
+        /// Name, name:version or id
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
+        image: String,
+    },
     /// Write an image to a disk image file
     Export(ExportArgs),
     /// Show an image as the file DIR/disk.raw until it is unmounted or Ctrl-C

@@ -10,8 +10,26 @@ use crate::cli::NameAndVersion;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum StoreCommand {
-    /// Add up packs and manifests
+    /// Add up what the store holds, and what each image costs
     Stats,
+    /// Read everything again, name what is damaged, and heal it
+    #[command(after_help = "\
+Examples:
+  bulbil store scrub --share 3/30                        a thirtieth of the packs, another one each day
+  bulbil store scrub --heal-from s3://images/mirror      heal from another store that has the images
+
+Damage is healed from the cache of this host where it has what is missing. The exit status is 1 when damage remains.")]
+    Scrub {
+        /// Read only this share of the packs
+        #[arg(long, value_name = "I/N", value_parser = parse_share)]
+        share: Option<Share>,
+        /// Heal from this store as well
+        #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+        heal_from: Option<StoreLocation>,
+        /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
+        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "heal_from")]
+        heal_from_key: Option<KeySource>,
+    },
     /// Free what nothing uses any more
     #[command(after_help = "\
 Examples:
@@ -60,6 +78,23 @@ pub(crate) struct CopyArgs {
     pub(crate) name: Option<NameAndVersion>,
 }
 
+/// One of equal shares of all packs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// From 0.
+    pub(crate) index: u32,
+    pub(crate) count: u32,
+}
+
+/// Parses `I/N`, where `I` is from 1 to `N`.
+fn parse_share(text: &str) -> Result<Share, String> {
+    let usage = || format!("`{text}` is not a share: write I/N with I from 1 to N, such as 3/30");
+    let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n > 0 && text.bytes().all(|b| b.is_ascii_digit()));
+    let (index, count) = text.split_once('/').ok_or_else(usage)?;
+    let (index, count) = number(index).zip(number(count)).ok_or_else(usage)?;
+    if index <= count { Ok(Share { index: index - 1, count }) } else { Err(usage()) }
+}
+
 /// A hundred years.
 const MAX_DURATION_S: u64 = 36_525 * 86_400;
 
@@ -82,6 +117,15 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_are_counted_from_1() {
+        assert_eq!(parse_share("1/1"), Ok(Share { index: 0, count: 1 }));
+        assert_eq!(parse_share("30/30"), Ok(Share { index: 29, count: 30 }));
+        for text in ["", "1", "0/3", "4/3", "1/0", "+1/3", "1/3/5", "a/b", "1/99999999999"] {
+            assert!(parse_share(text).unwrap_err().contains("3/30"), "{text}");
+        }
+    }
 
     #[test]
     fn durations_are_a_number_and_a_unit() {

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use bulbil_control::{ExportProgress, ImportProgress, InstanceView};
+use bulbil_control::{ExportProgress, ImportProgress, InstanceView, ScrubProgress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output::Printer;
@@ -34,6 +34,12 @@ pub(crate) fn show(bar: &ProgressBar, step: ImportProgress) {
 
 /// Shows a step of an export or a conversion.
 pub(crate) fn show_export(bar: &ProgressBar, step: ExportProgress) {
+    bar.set_length(step.total_bytes);
+    bar.set_position(step.done_bytes);
+}
+
+/// Shows a step of a scrub.
+pub(crate) fn show_scrub(bar: &ProgressBar, step: ScrubProgress) {
     bar.set_length(step.total_bytes);
     bar.set_position(step.done_bytes);
 }

@@ -99,6 +99,37 @@ fn guest_whose_shim_is_killed_is_stopped_with_a_reason_and_starts_again() {
 }
 
 #[test]
+fn guest_disk_is_the_same_over_vhost_user_and_nbd() {
+    let bulbil = Bulbil::new();
+    bulbil.import("tiny.qcow2");
+    // By itself the better one; this QEMU has it.
+    launch(&bulbil, &["tiny", "--name", "two-ways"]).ok();
+    assert!(qemu_arguments(&bulbil, "two-ways").contains("vhost-user-blk-pci"));
+    let serial = bulbil.sh("two-ways", "cat /sys/block/vda/serial");
+    let volume = bulbil.show("two-ways")["volume_id"].as_str().unwrap().replacen('-', "", 1);
+    assert_eq!(serial, volume);
+    bulbil.sh(
+        "two-ways",
+        "dd if=/dev/urandom of=/root/data bs=1M count=8 2>/dev/null; md5sum /root/data > /root/sum; sync",
+    );
+    for (choice, device) in [("nbd", "driver=nbd"), ("vhost-user", "vhost-user-blk-pci")] {
+        bulbil.run(&["stop", "two-ways"]).ok();
+        // The daemon's environment counts.
+        bulbil.run(&["shutdown"]).ok();
+        let started = bulbil.command(&["start", "two-ways"]).env("BULBIL_DISK", choice).output().unwrap();
+        assert!(started.status.success(), "{}", String::from_utf8_lossy(&started.stderr));
+        assert!(qemu_arguments(&bulbil, "two-ways").contains(device), "{choice}");
+        let seen = "cat /sys/block/vda/serial /sys/block/vda/queue/write_cache; md5sum -c /root/sum";
+        assert_eq!(bulbil.sh("two-ways", seen), format!("{serial}write back\n/root/data: OK"), "{choice}");
+    }
+}
+
+fn qemu_arguments(bulbil: &Bulbil, instance: &str) -> String {
+    let pid = bulbil.show(instance)["vm_pid"].as_u64().unwrap();
+    String::from_utf8(std::fs::read(format!("/proc/{pid}/cmdline")).unwrap()).unwrap()
+}
+
+#[test]
 fn guest_that_cannot_boot_has_failed_with_the_line_that_shows_it() {
     let bulbil = Bulbil::new();
     // Boot code that does nothing, and no system behind it.

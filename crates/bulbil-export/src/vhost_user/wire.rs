@@ -353,9 +353,9 @@ mod tests {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..100_000 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let code = (state >> 33) as u32 % 48;
-            let payload: Vec<u8> = (0..(state >> 20) % 50).map(|i| (state >> (i % 56)) as u8).collect();
-            drop(Request::parse(code, &payload, (state >> 60) as usize));
+            let code = u32::try_from((state >> 33) % 48).unwrap();
+            let payload: Vec<u8> = (0..(state >> 20) % 50).map(|i| (state >> (i % 56)).to_le_bytes()[0]).collect();
+            drop(Request::parse(code, &payload, usize::try_from(state >> 60).unwrap()));
         }
     }
 }

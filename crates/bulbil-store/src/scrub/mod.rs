@@ -282,6 +282,10 @@ impl Store {
 
     /// Checks the sealed objects, which tell of work and not of content.
     fn check_small_objects(&self, report: &mut ScrubReport) -> Result<(), StoreError> {
+        for object in self.images()?.unreadable {
+            let reason = "the record of an image cannot be read".to_owned();
+            report.damaged_objects.push(ObjectDamage { object, reason, content: None, healed: false });
+        }
         for directory in ["gc", "leases", "ends", quarantine::DIRECTORY] {
             for (object, _) in self.objects.list(directory)? {
                 match crate::sealed::get::<serde_json::Value>(&*self.objects, &object) {

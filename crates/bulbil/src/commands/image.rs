@@ -30,6 +30,7 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
         }
         ImageCommand::Export(arguments) => export(context, arguments).await,
         ImageCommand::Mount { image, place } => volume_use::mount_image(context, &image, &place.directory).await,
+        ImageCommand::Warm { image } => image_copy::warm(context, &image).await,
         ImageCommand::Rm { images } => remove(context, &images).await,
     }
 }

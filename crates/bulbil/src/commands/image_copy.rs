@@ -71,6 +71,38 @@ async fn copy_from(context: &Context<'_>, request: &CopyFromRequest) -> CliResul
     context.printer.result(&image, || image.id.to_string())
 }
 
+/// Brings an image into the cache while a bar shows how it goes.
+pub(crate) async fn warm(context: &Context<'_>, image: &str) -> CliResult<()> {
+    let started = std::time::Instant::now();
+    let hints = |e: ClientError| with_image_hint(e.into());
+    let mut events = context.client.warm(image).await.map_err(hints)?;
+    let bar = progress::data_bar("fetching");
+    let mut warmed = None;
+    while let Some(event) = events.next().await.map_err(hints).inspect_err(|_| bar.finish_and_clear())? {
+        match event {
+            Event::ExportProgress(step) => progress::show_export(&bar, step),
+            Event::Warmed { warmed: done } => warmed = Some(*done),
+            _ => {}
+        }
+    }
+    bar.finish_and_clear();
+    let warmed = warmed.ok_or_else(|| CliError::new("the daemon did not say what it fetched"))?;
+    let (name, version) = (&warmed.image.name, &warmed.image.version);
+    let fetched = ByteSize(warmed.fetched_bytes);
+    context.printer.note(&match (warmed.complete, warmed.reason.as_deref()) {
+        (true, _) => {
+            format!("{name}:{version} is in the cache; {fetched} were fetched in {}", progress::since(started))
+        }
+        (false, Some("cache_full")) => {
+            format!(
+                "{name}:{version} does not fit into the cache, {fetched} were fetched; make room: --cache-size SIZE"
+            )
+        }
+        (false, _) => format!("{name}:{version} is in the cache in part, {fetched} were fetched; try it again"),
+    });
+    context.printer.result(&warmed, || warmed.image.id.to_string())
+}
+
 /// Shows the progress of a copy and returns its last event.
 async fn follow(mut events: EventStream) -> Result<Option<Event>, ClientError> {
     let bar = progress::data_bar("copying");

@@ -114,7 +114,7 @@ async fn run_client(
         Command::Start { instance, wait } => launch::start(&context, &instance, wait.wait).await?,
         Command::Reboot { instance, force, wait } => launch::reboot(&context, &instance, force, wait.wait).await?,
         Command::Rm { instances, all, force } => instance::remove(&context, instances, all, force).await?,
-        Command::Store(command) => store::run(&context, command).await?,
+        Command::Store(command) => return store::run(&context, command).await,
         Command::Doctor
         | Command::Shutdown
         | Command::Serve { .. }
