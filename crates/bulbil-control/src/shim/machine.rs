@@ -65,7 +65,7 @@ impl ServedDisk {
             DiskAttach::Nbd => self.serve_nbd(&socket, record).map(|server| DiskServer::Nbd(Arc::new(server))),
             DiskAttach::VhostUser => {
                 self.serve_vhost_user(&socket, record, queues).map(|server| DiskServer::VhostUser(Arc::new(server)))
-            },
+            }
         };
         self.server = Some(served.map_err(|e| failed("cannot serve the root disk")(&e))?);
         Ok(match attach {
