@@ -13,10 +13,10 @@ use bulbil_volume::{
 
 use crate::content_lease::ContentLease;
 use crate::data_dir::DataDir;
-use crate::store_binding::{StoreChoice, open_store};
-use crate::store_ops::open_cache;
 use crate::error::{ControlError, ErrorCode};
 use crate::shim::raise_file_limit;
+use crate::store_binding::{StoreChoice, open_store};
+use crate::store_ops::open_cache;
 use crate::volume_ops::{open_volume, volume_error};
 
 /// A device that this process has to itself.

@@ -12,15 +12,15 @@ use std::sync::Arc;
 
 use bulbil_store::Digest;
 use bulbil_types::{ByteSize, MAX_DISK_BYTES, Name, SnapshotId, VolumeId};
-use bulbil_volume::{VolumeErrorKind};
+use bulbil_volume::VolumeErrorKind;
 
 use crate::catalog_volumes::snapshot_name_taken;
 use crate::control::{Control, now};
 use crate::data_dir::replace_file;
-use crate::store_ops::open_cache;
 use crate::error::{ControlError, ErrorCode};
 use crate::model::{InstanceRecord, InstanceState};
 use crate::shim::{self, ShimRequest};
+use crate::store_ops::open_cache;
 use crate::volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
 use crate::volume_ops::{self, TakenContent, volume_error};
 
