@@ -44,7 +44,7 @@ impl Marks {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Known {
     Manifest,
-    /// A manifest that was not visited, because a newer one counted.
+    /// One that was not visited, or is damaged, because a newer one counted.
     Behind,
     Void,
     Damaged,
@@ -105,11 +105,10 @@ impl Store {
                         visit(&published, &manifest);
                         Known::Manifest
                     }
+                    // Behind a newer edition nobody needs it.
+                    Stored::Damaged(_) if counts => Known::Behind,
                     Stored::Damaged(error) => {
-                        // Behind a newer edition nobody needs it.
-                        if !counts {
-                            marks.damaged.push((published.clone(), error));
-                        }
+                        marks.damaged.push((published.clone(), error));
                         Known::Damaged
                     }
                 },
@@ -130,8 +129,9 @@ impl Store {
 /// A manifest of no known owner counts for nothing beside one that was made in its place.
 fn supersede_old_names(marks: &mut Marks) {
     let owned: HashSet<_> = marks.current.iter().filter(|p| p.owner.is_some()).map(|p| p.content).collect();
-    let (kept, old): (Vec<_>, Vec<_>) =
-        marks.current.drain(..).partition(|p| p.owner.is_some() || !owned.contains(&p.content));
-    marks.current = kept;
-    marks.superseded.extend(old.iter().map(Published::object_name));
+    let is_old = |published: &Published| published.owner.is_none() && owned.contains(&published.content);
+    let old: Vec<_> = marks.current.extract_if(.., |published| is_old(published)).collect();
+    let damaged: Vec<_> = marks.damaged.extract_if(.., |(published, _)| is_old(published)).collect();
+    let old = old.iter().chain(damaged.iter().map(|(published, _)| published));
+    marks.superseded.extend(old.map(Published::object_name));
 }

@@ -92,13 +92,15 @@ impl Store {
         let digest = manifest.digest();
         let mut stored = self.published(&digest)?;
         stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
-        let mut useless = Vec::new();
         for published in &stored {
             match self.stored_manifest(published)? {
                 Stored::Manifest(found) if !always && self.has_packs_of(&found)? => return Ok(false),
                 Stored::Manifest(_) if always => {}
                 Stored::Void | Stored::Gone => {}
-                Stored::Manifest(_) | Stored::Damaged(_) => useless.push(published.object_name()),
+                // A newer edition takes its place; collections delete what it supersedes.
+                Stored::Manifest(_) | Stored::Damaged(_) => {
+                    tracing::warn!(name = published.object_name(), "a manifest that is of no use is superseded");
+                }
             }
         }
         let published =
@@ -110,10 +112,6 @@ impl Store {
                 Stored::Manifest(_) => Ok(false),
                 _ => Err(StoreError::new(StoreErrorKind::Timeout, "another process publishes this content; try again")),
             };
-        }
-        for name in useless {
-            tracing::warn!(name, "a manifest that was of no use is replaced");
-            self.objects.delete(&name)?;
         }
         Ok(true)
     }

@@ -9,7 +9,7 @@ use bulbil_store::{
     Digest, DiskSource, ImportObserver, ImportReport, OwnerId, RemoteOptions, SourceError, Store, StoreError,
     StoreErrorKind, StoreLocation, StoreOptions, open_objects,
 };
-use bulbil_testkit::{Fault, FaultRates, HttpFaultProxy, ProxyOptions, Rng, S3Server};
+use bulbil_testkit::{Fault, HttpFaultProxy, HttpFaultRates, ProxyOptions, Rng, S3Server};
 use bulbil_types::BLOCK_LEN;
 
 /// Rounds of the campaign, more where this variable says so.
@@ -100,7 +100,7 @@ fn an_import_into_a_bucket_reads_back_and_is_shared() {
 fn check_round(seed: u64) {
     let server = S3Server::start();
     let state = tempfile::tempdir().unwrap();
-    let faults = FaultRates::all(seed, 60).and(Fault::Silent, 10).and(Fault::Corrupt(0), 30);
+    let faults = HttpFaultRates::all(seed, 60).and(Fault::Silent, 10).and(Fault::Corrupt(0), 30);
     let proxy = HttpFaultProxy::start(server.address(), ProxyOptions { faults, ..ProxyOptions::default() });
     // Few attempts, so that operations fail at times.
     let options = RemoteOptions {

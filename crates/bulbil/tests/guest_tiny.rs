@@ -30,6 +30,9 @@ fn guest_file_is_imported_launched_reached_and_removed_in_one_go_each() {
     stream.read_exact(&mut banner).unwrap();
     assert_eq!(&banner, b"SSH-");
     drop(stream);
+    // What the boot has read is kept with the image, for the next ones.
+    let traces = bulbil.data_dir().join("store/attachments/boot-trace");
+    wait_for("the boot trace", || std::fs::read_dir(&traces).ok()?.next());
     let log = bulbil.run(&["logs", "one", "-n", "5"]).ok();
     assert_eq!(log.lines().count(), 5);
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bulbil_types::InstanceId;
 use bulbil_vm::boot::{BootInput, CloudInitPresence, Expectations};
-use bulbil_vm::{BootPhase, BootProgress, CloudInitReport, QemuProcess, Qmp, QmpSeen, exit_reason};
+use bulbil_vm::{BootPhase, BootProgress, BootVerdict, CloudInitReport, QemuProcess, Qmp, QmpSeen, exit_reason};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -400,6 +400,9 @@ impl Watcher<'_> {
         }
         for phase in &reached {
             tracing::info!(phase = %phase.phase, at_ms = phase.at_ms, "boot phase");
+        }
+        if decided && !matches!(self.progress.verdict(), Some(BootVerdict::Failed { .. })) {
+            self.open_disk.boot_is_over();
         }
         let (phases, boot) = (self.progress.phases().to_vec(), self.progress.verdict().cloned());
         let user = self.progress.login_user().map(str::to_owned);

@@ -40,6 +40,16 @@ impl OpenDisk {
         drop(self.volume.set((volume, server)));
     }
 
+    /// Keeps with the image what the boot has read of it, in the background.
+    pub(super) fn boot_is_over(&self) {
+        let Some((volume, _)) = self.volume.get() else { return };
+        let volume = Arc::clone(volume);
+        tokio::task::spawn_blocking(move || match volume.finish_recording() {
+            Ok(kept) => tracing::info!(kept, reads = ?volume.read_stats(), "the boot's reads were recorded"),
+            Err(error) => tracing::warn!(%error, "cannot keep what the boot has read"),
+        });
+    }
+
     pub(super) fn set_qmp(&self, qmp: Qmp) {
         drop(self.qmp.set(qmp));
     }

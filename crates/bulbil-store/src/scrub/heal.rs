@@ -209,20 +209,25 @@ impl Store {
                     disk.map(|disk| self.import_new_edition(&*disk, &Silent)).transpose()?
                 }
             };
-            let Some(manifest) = manifest.filter(|m| self.content_name(&m.digest()) == published.content) else {
-                continue;
-            };
-            // An import that meets a damaged manifest of its owner replaces it.
-            if matches!(self.stored_manifest(published)?, Stored::Gone) {
-                damage.healed = true;
-                continue;
-            }
-            if self.put_again(published, &manifest)? {
-                self.objects.delete(&published.object_name())?;
-                damage.healed = true;
-            }
+            let Some(manifest) = manifest.filter(|m| self.content_name(&m.digest()) == published.content) else { continue };
+            damage.healed = self.counts_again(published)? || self.put_again(published, &manifest)?;
         }
         Ok(())
+    }
+
+    /// Whether a newer edition is in a damaged one's place: collections then delete it.
+    fn counts_again(&self, damaged: &Published) -> Result<bool, StoreError> {
+        let owner = damaged.owner.unwrap_or(self.owner);
+        for published in self.published_as(damaged.content)? {
+            let newer = damaged.owner.is_none() || published.edition > damaged.edition;
+            if published.owner == Some(owner)
+                && newer
+                && matches!(self.stored_manifest(&published)?, Stored::Manifest(_))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// A manifest of a content, of any owner, that can be read.
