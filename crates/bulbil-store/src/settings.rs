@@ -87,8 +87,7 @@ fn create(objects: &dyn Objects, options: &StoreOptions) -> Result<Document, Sto
         (Some(provider), true) => {
             let store_id = Keyring::create(objects, &**provider)?;
             let document = EncryptedDocument { format_version: ENCRYPTED, store_id };
-            let text = serde_json::to_vec_pretty(&document).expect("settings are plain data");
-            if objects.put_if_absent(NAME, &text)? {
+            if objects.put_if_absent(NAME, &document.encode())? {
                 return Ok(Document::Encrypted(document));
             }
             Keyring::forget(objects, store_id);
@@ -128,6 +127,26 @@ fn parse(bytes: &[u8]) -> Result<Document, StoreError> {
             let text = format!("store format version {version} is not known; use a newer bulbil");
             Err(StoreError::new(StoreErrorKind::UnsupportedVersion, text))
         }
+    }
+}
+
+impl EncryptedDocument {
+    fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("settings are plain data")
+    }
+}
+
+/// Checks that the settings in the store are still those of this encrypted store.
+///
+/// # Errors
+/// `Corrupt` when they are not; `Io`, `Timeout`.
+pub(crate) fn check_encrypted(objects: &dyn Objects, store_id: StoreId) -> Result<(), StoreError> {
+    let expected = EncryptedDocument { format_version: ENCRYPTED, store_id }.encode();
+    match objects.get(NAME, MAX_BYTES) {
+        Ok(found) if found == expected => Ok(()),
+        Ok(_) => Err(StoreError::corrupt("the settings are not those with which the store was opened")),
+        Err(e) if e.kind() == StoreErrorKind::NotFound => Err(StoreError::corrupt("the settings have gone")),
+        Err(e) => Err(e),
     }
 }
 

@@ -6,10 +6,11 @@ mod support;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulbil_store::{
-    AttachmentKind, Digest, DirObjects, KeySource, OwnerId, Store, StoreError, StoreErrorKind, StoreKey, StoreOptions,
-    window_leaf, write_new_key_file,
+    AttachmentKind, Digest, DirObjects, GcOptions, KeySource, OwnerId, ScrubOptions, Store, StoreError, StoreErrorKind,
+    StoreKey, StoreOptions, window_leaf, write_new_key_file,
 };
 use bulbil_types::{BLOCK_LEN, FRAME_LEN};
 use support::{Disk, files, noise, read_disk, text};
@@ -135,9 +136,9 @@ fn an_encrypted_store_deduplicates_like_a_plain_one() {
             (plain.digest, plain.data_bytes, plain.new_bytes),
             (encrypted.digest, encrypted.data_bytes, encrypted.new_bytes)
         );
-        // A tag for each frame and footer, header and tag for the manifest.
+        // A tag for each frame and footer; header, tag and hash for the manifest.
         let frames = plain.new_bytes.div_ceil(FRAME_LEN as u64);
-        assert_eq!(encrypted.stored_bytes, plain.stored_bytes + (frames + 1) * 16 + 64);
+        assert_eq!(encrypted.stored_bytes, plain.stored_bytes + (frames + 1) * 16 + 96);
     }
 }
 
@@ -359,15 +360,24 @@ fn a_changed_byte_of_an_encrypted_store_is_never_content() {
     let disk = Disk(text(0, 2));
     let digest = import(&open(dir.path(), 1).unwrap(), &disk);
     let mut flips = 0;
-    for (path, bytes) in files(dir.path()).into_iter().filter(|(path, _)| !path.starts_with("index")) {
+    let kinds = ["bulbil-store.json", "keys", "packs", "manifests", "attachments"];
+    let content_files =
+        files(dir.path()).into_iter().filter(|(path, _)| kinds.iter().any(|kind| path.starts_with(kind)));
+    // The disk, and what is attached to it.
+    let read_all = || {
+        let store = open(dir.path(), 1)?;
+        store.attachment(&digest, AttachmentKind::Leaves)?;
+        support::try_read_disk(&store, &digest)
+    };
+    for (path, bytes) in content_files {
         let full = dir.path().join(&path);
         for position in 0..bytes.len() {
             let mut bad = bytes.clone();
             bad[position] ^= 0x40;
             support::overwrite(&full, &bad);
-            let read = open(dir.path(), 1).and_then(|store| support::try_read_disk(&store, &digest));
-            // The header of a pack is not asked when frames are read; nor is the name of a provider.
-            let harmless = path.starts_with("packs") && position < 32 || path.starts_with("keys");
+            let read = read_all();
+            // The header of a pack is not asked when frames are read.
+            let harmless = path.starts_with("packs") && position < 32;
             match read {
                 Ok(content) => assert!(harmless && content == disk.0, "{} at {position}", path.display()),
                 Err(error) => assert_ne!(error.kind(), StoreErrorKind::Io, "{error}"),
@@ -378,6 +388,57 @@ fn a_changed_byte_of_an_encrypted_store_is_never_content() {
     }
     assert!(flips > 1000);
     assert!(read_disk(&open(dir.path(), 1).unwrap(), &digest) == disk.0);
+}
+
+#[test]
+fn a_scrub_finds_any_changed_byte_of_an_encrypted_store_and_names_the_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = import(&open(dir.path(), 1).unwrap(), &sample());
+    let store = open(dir.path(), 1).unwrap();
+    store.add_key(&key(2)).unwrap();
+    let scrub = || {
+        let report = store.scrub(&ScrubOptions::default(), &()).unwrap();
+        let named = report.damaged_packs.iter().any(|pack| pack.contents.iter().any(|hit| hit.digest == digest));
+        (report.damaged_packs.len() + report.damaged_manifests.len() + report.damaged_objects.len(), named)
+    };
+    assert_eq!(scrub(), (0, false));
+    let kinds = ["bulbil-store.json", "keys", "packs", "manifests", "attachments"];
+    for (path, bytes) in
+        files(dir.path()).into_iter().filter(|(path, _)| kinds.iter().any(|kind| path.starts_with(kind)))
+    {
+        for round in 0..15 {
+            let position = if round == 0 { 9 } else { round * 7919 % bytes.len() };
+            let mut bad = bytes.clone();
+            bad[position] ^= 0x04;
+            support::overwrite(&dir.path().join(&path), &bad);
+            let (damaged, named) = scrub();
+            assert_eq!(damaged, 1, "{} at {position}", path.display());
+            assert_eq!(named, path.starts_with("packs"), "{} at {position}", path.display());
+        }
+        support::overwrite(&dir.path().join(&path), &bytes);
+    }
+    assert_eq!(scrub(), (0, false));
+}
+
+#[test]
+fn what_is_packed_again_is_encrypted_and_readable() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path(), 1).unwrap();
+    let gone = import(&store, &sample());
+    let kept = import(&store, &related());
+    store.add_data_key().unwrap();
+    store.remove_manifest(&gone).unwrap();
+    let before: HashSet<_> = packs(dir.path()).into_keys().collect();
+    let options = GcOptions { grace: Duration::ZERO, repack_below_percent: 99, ..GcOptions::default() };
+    for _ in 0..4 {
+        store.collect(&options).unwrap();
+    }
+    let after: HashSet<_> = packs(dir.path()).into_keys().collect();
+    assert!(!after.is_superset(&before), "one pack had something to free");
+    assert_eq!(data_keys_of_packs(dir.path()), [1, 2]);
+    assert!(read_disk(&open(dir.path(), 1).unwrap(), &kept) == related().0);
+    let stats = store.stats().unwrap();
+    assert_eq!((stats.contents.len(), stats.contents[0].digest), (1, kept));
 }
 
 #[test]
@@ -392,7 +453,8 @@ fn objects_of_a_plain_store_are_not_taken_for_those_of_an_encrypted_one() {
     support::overwrite(&encrypted.path().join(manifest), &planted);
     let error = store.manifest(&digest).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Corrupt);
-    assert!(error.to_string().contains("not encrypted"), "{error}");
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("not encrypted"), "{error}: {cause}");
     // A planted pack is not matched against.
     let (path, pack) = packs(plain.path()).into_iter().next().unwrap();
     let target = encrypted.path().join("packs").join(path);

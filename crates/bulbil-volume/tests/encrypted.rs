@@ -265,8 +265,17 @@ fn the_host_sees_no_byte_that_a_guest_writes() {
         let mut read = vec![0; 8192];
         volume.read_at(&mut read, 8192).unwrap();
         assert!(read == secret[..8192]);
+        assert!(read_all(&volume)[4096 * 70..] == image.content[4096 * 70..]);
+        drop(volume);
         let seen = host_bytes(&path.join("volumes"));
         assert_eq!(secret.chunks(16).any(|part| seen.contains(part)), visible);
+        // What was read of the image is in the base cache.
+        let seen = host_bytes(&path.join("cache"));
+        let content = image.content.chunks(16).filter(|part| part.iter().any(|byte| *byte != 0));
+        assert_eq!(content.filter(|part| seen.contains(*part)).count() > 1000, visible);
+        let seen = host_bytes(path);
+        let mut all = image.content.chunks(16).chain(secret.chunks(16)).filter(|part| part[..8] != [0; 8]);
+        assert_eq!(all.any(|part| seen.contains(part)), visible);
     }
 }
 

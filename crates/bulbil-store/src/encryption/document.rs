@@ -1,4 +1,4 @@
-//! The keys of an encrypted store as they are stored: one JSON object for each generation.
+//! The keys of an encrypted store as they are stored: one sealed JSON object for each generation.
 //!
 //! ```text
 //! keys/<store id, 32 digits>/<generation, 8 digits>.json
@@ -13,6 +13,10 @@ use super::key_source::{KeyProvider, StoreKey};
 use super::secret::{Secret, TAG_BYTES, fill_random, unwrap, wrap};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::objects::Objects;
+use crate::sealed;
+
+/// Where the keys of stores are.
+pub(crate) const DIRECTORY: &str = "keys";
 
 const FORMAT_VERSION: u32 = 1;
 const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
@@ -178,13 +182,13 @@ impl Document {
         struct Version {
             format_version: u32,
         }
-        let fail = |e| StoreError::with_source(StoreErrorKind::Corrupt, "the store's keys cannot be read", e);
-        let Version { format_version } = serde_json::from_slice(bytes).map_err(fail)?;
+        let name = directory(store_id);
+        let Version { format_version } = sealed::decode(&name, bytes)?;
         if format_version != FORMAT_VERSION {
             let text = format!("key format version {format_version} is not known; use a newer bulbil");
             return Err(StoreError::new(StoreErrorKind::UnsupportedVersion, text));
         }
-        let document: Self = serde_json::from_slice(bytes).map_err(fail)?;
+        let document: Self = sealed::decode(&name, bytes)?;
         let counts_are_sound = (1..=MAX_SLOTS).contains(&document.slots.len())
             && document.keys.len() <= usize::from(MAX_DATA_KEYS) + 3
             && document
@@ -198,12 +202,12 @@ impl Document {
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec_pretty(self).expect("keys are plain data")
+        sealed::encode(self)
     }
 }
 
 fn directory(store: StoreId) -> String {
-    format!("keys/{store}")
+    format!("{DIRECTORY}/{store}")
 }
 
 fn object_name(store: StoreId, generation: u32) -> String {

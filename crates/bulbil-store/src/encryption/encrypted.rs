@@ -8,7 +8,8 @@
 //! 14      2      number of the data key, from 1
 //! 16      32     salt, random
 //! 48      …      the plain object, encrypted
-//! end-16  16     tag of AES-256-GCM
+//! end-48  16     tag of AES-256-GCM
+//! end-32  32     BLAKE3 of everything before: damage is told from a newer version, and without a key
 //! ```
 //! The key is derived from data key and salt, and encrypts nothing else; the nonce is 0. Authenticated
 //! with it are the first 48 bytes and the object's name, so that none can stand in for another.
@@ -23,6 +24,7 @@ pub(crate) use super::secret::TAG_BYTES;
 const VERSION: u32 = 2;
 const ENCRYPTED: u16 = 1;
 const HEADER_BYTES: usize = 48;
+const HASH_BYTES: usize = 32;
 
 const OBJECT_CONTEXT: &str = "bulbil 2026-11 encrypted object under a data key";
 const PACK_CONTEXT: &str = "bulbil 2026-11 pack under a data key";
@@ -73,7 +75,7 @@ impl Keyring {
 }
 
 fn encrypt_with(key: &Secret, number: u16, salt: &[u8; 32], kind: EncryptedKind, name: &str, plain: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + plain.len() + TAG_BYTES);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + plain.len() + TAG_BYTES + HASH_BYTES);
     bytes.extend_from_slice(kind.magic());
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&ENCRYPTED.to_le_bytes());
@@ -83,17 +85,23 @@ fn encrypt_with(key: &Secret, number: u16, salt: &[u8; 32], kind: EncryptedKind,
     bytes.extend_from_slice(plain);
     let tag = Gcm::new(&key.derive(OBJECT_CONTEXT, &[salt])).seal(0, &context, &mut bytes[HEADER_BYTES..]);
     bytes.extend_from_slice(&tag);
+    let hash = blake3::hash(&bytes);
+    bytes.extend_from_slice(hash.as_bytes());
     bytes
 }
 
 /// Tells the number of the data key of a encrypted object.
 fn data_key_of(kind: EncryptedKind, name: &str, bytes: &[u8]) -> Result<u16, StoreError> {
     let what = kind.as_str();
-    if bytes.len() < HEADER_BYTES + TAG_BYTES || &bytes[..8] != kind.magic() {
+    let (content, hash) = bytes.split_last_chunk::<HASH_BYTES>().unwrap_or((bytes, &[0; HASH_BYTES]));
+    if content.len() < HEADER_BYTES || &bytes[..8] != kind.magic() {
         return Err(StoreError::corrupt(format!("`{name}` is not an encrypted {what}")));
     }
+    if blake3::hash(content).as_bytes() != hash {
+        return Err(StoreError::corrupt(format!("the {what} `{name}` does not match its hash")));
+    }
     match (u32::from_le_bytes(bytes[8..12].try_into().expect("4 bytes")), u16_at(bytes, 12)) {
-        (VERSION, ENCRYPTED) => Ok(u16_at(bytes, 14)),
+        (VERSION, ENCRYPTED) if content.len() >= HEADER_BYTES + TAG_BYTES => Ok(u16_at(bytes, 14)),
         (1, _) => Err(StoreError::corrupt(format!("the {what} `{name}` is not encrypted, and the store is"))),
         (version, _) => {
             let text = format!("{what} format version {version} is not known");
@@ -103,6 +111,7 @@ fn data_key_of(kind: EncryptedKind, name: &str, bytes: &[u8]) -> Result<u16, Sto
 }
 
 fn decrypt_with(key: &Secret, kind: EncryptedKind, name: &str, mut bytes: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    bytes.truncate(bytes.len() - HASH_BYTES);
     let (header, rest) = bytes.split_at_mut(HEADER_BYTES);
     let (message, tag) = rest.split_last_chunk_mut::<TAG_BYTES>().expect("its length was checked");
     let context = [&*header, name.as_bytes()].concat();
@@ -224,9 +233,6 @@ mod tests {
     #[test]
     fn the_format_of_encrypted_objects_never_changes() {
         let hash = blake3::hash(&sample()).to_hex();
-        assert_eq!(
-            (sample().len(), hash.as_str()),
-            (84, "2e700e58bb0da0b9c87674cb8d2c5934c5fe6e007eae02a3ad69a67b2ac84531")
-        );
+        assert_eq!((sample().len(), hash.as_str()), (116, "abd2e30389acf0eadce725be4404d48e11b22f23370b4a5b62a549b8813703c8"));
     }
 }

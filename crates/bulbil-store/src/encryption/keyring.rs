@@ -112,6 +112,10 @@ impl Keyring {
         Ok(())
     }
 
+    pub(crate) fn store_id(&self) -> StoreId {
+        self.store_id
+    }
+
     pub(crate) fn block_hash(&self) -> &Secret {
         &self.block_hash
     }

@@ -28,7 +28,7 @@ mod key_source;
 mod keyring;
 mod secret;
 
-pub(crate) use document::StoreId;
+pub(crate) use document::{DIRECTORY as KEYS_DIRECTORY, StoreId};
 pub(crate) use encrypted::{EncryptedKind, PackCipher, PackKeys, TAG_BYTES};
 pub use key_source::{KeyProvider, KeySource, StoreKey, write_new_key_file};
 pub use keyring::KeySlot;

@@ -19,6 +19,7 @@ pub use second_store::SecondStore;
 use self::check::Finding;
 use crate::attachment::AttachmentKind;
 use crate::digest::Digest;
+use crate::encryption::KEYS_DIRECTORY;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::manifest::{Manifest, PackRef};
 use crate::marking::Marks;
@@ -286,7 +287,16 @@ impl Store {
             let reason = "the record of an image cannot be read".to_owned();
             report.damaged_objects.push(ObjectDamage { object, reason, content: None, healed: false });
         }
-        for directory in ["gc", "leases", "ends", quarantine::DIRECTORY] {
+        if let Some(keyring) = &self.keyring
+            && let Err(e) = crate::settings::check_encrypted(&*self.objects, keyring.store_id())
+        {
+            if e.kind() != StoreErrorKind::Corrupt {
+                return Err(e);
+            }
+            let (object, reason) = (crate::settings::NAME.to_owned(), e.to_string());
+            report.damaged_objects.push(ObjectDamage { object, reason, content: None, healed: false });
+        }
+        for directory in ["gc", "leases", "ends", quarantine::DIRECTORY, KEYS_DIRECTORY] {
             for (object, _) in self.objects.list(directory)? {
                 match crate::sealed::get::<serde_json::Value>(&*self.objects, &object) {
                     Err(e) if e.kind() == StoreErrorKind::Corrupt => {
