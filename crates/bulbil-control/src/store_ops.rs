@@ -1,16 +1,14 @@
 //! The seam to stores: how one is opened, wherever it lies.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use bulbil_store::StoreLocation;
 use bulbil_store::{
     GcOptions, Objects, OwnerId, PackFate, RemoteObjects, RemoteOptions, Store, StoreError, StoreErrorKind,
     StoreOptions,
 };
+pub use bulbil_store::{KeySource, StoreLocation};
 use bulbil_volume::{BaseCache, CacheOptions};
 
 use crate::cache_settings::CacheSize;
@@ -20,39 +18,6 @@ use crate::store_gc::{GcReport, GcRequest};
 
 /// The object that every store has.
 const SETTINGS_OBJECT: &str = "bulbil-store.json";
-
-/// Where the key of an encrypted store is found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum KeySource {
-    /// A file.
-    File(PathBuf),
-    /// A program that prints it, and its arguments.
-    Command(Vec<String>),
-}
-
-impl fmt::Display for KeySource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(path) => write!(f, "file:{}", path.display()),
-            Self::Command(words) => write!(f, "command:{}", words.join(" ")),
-        }
-    }
-}
-
-impl FromStr for KeySource {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let usage = || format!("`{text}` is no source of a key: write file:PATH or command:PROGRAM ARGUMENTS");
-        match text.split_once(':') {
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("command", line)) if !line.trim().is_empty() => {
-                Ok(Self::Command(line.split_whitespace().map(str::to_owned).collect()))
-            }
-            _ => Err(usage()),
-        }
-    }
-}
 
 /// Parses a location as it is typed: a relative path is one below the current directory.
 ///
@@ -154,7 +119,7 @@ const MAX_CYCLES: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct OpenRequest<'a> {
     pub(crate) location: &'a StoreLocation,
-    #[expect(dead_code, reason = "stores are not encrypted yet")]
+    /// Opens an encrypted store; a store that is made with one is encrypted.
     pub(crate) key: Option<&'a KeySource>,
     pub(crate) owner: OwnerId,
     /// For what is kept on this host of stores that lie elsewhere; each has its own place in it.
@@ -163,7 +128,11 @@ pub(crate) struct OpenRequest<'a> {
 
 /// Opens a store, or makes one where there is none.
 pub(crate) fn open_or_create(request: &OpenRequest<'_>) -> Result<Store, StoreError> {
-    let options = StoreOptions { state_directory: state_directory(request), owner: request.owner };
+    let options = StoreOptions::new(&state_directory(request), request.owner);
+    let options = match request.key {
+        Some(key) => options.with_key(key.clone()).encrypt_new(),
+        None => options,
+    };
     Store::open(objects_for_a_store(request.location)?, options)
 }
 

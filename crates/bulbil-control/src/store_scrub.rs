@@ -181,7 +181,7 @@ impl ScrubReport {
             Damage { frames: pack.frames.clone(), ..damage }
         });
         let manifests = found.damaged_manifests.iter().map(|manifest| {
-            let digests = BTreeSet::from([manifest.digest]);
+            let digests = manifest.digest.into_iter().collect();
             Damage::new(
                 DamageKind::Manifest,
                 manifest.object.clone(),

@@ -77,10 +77,10 @@ fn an_attachment_is_read_for_ever() {
     let object = attachment::encode(b"first touched");
     assert_eq!(&object[..21], b"BULBATTAfirst touched");
     assert_eq!(blake3::hash(&object).to_hex().as_str(), ATTACHMENT);
-    let digest = crate::Digest::from_bytes([0xab; 32]);
+    let content = crate::published::ContentName([0xab; 32]);
     for (kind, name) in [(AttachmentKind::BootTrace, "boot-trace"), (AttachmentKind::Leaves, "leaves")] {
         let object = format!("attachments/{name}/{}", "ab".repeat(32));
-        assert_eq!(AttachmentKind::parse(&object), Some((kind, digest)));
+        assert_eq!(AttachmentKind::parse(&object), Some((kind, content)));
     }
 }
 

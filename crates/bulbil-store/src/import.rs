@@ -158,6 +158,7 @@ impl Store {
         always_publish: bool,
     ) -> Result<ImportReport, StoreError> {
         let lock = self.lock_for_changes()?;
+        self.refresh_keys()?;
         let begun = WriteLease::begin(self, "import");
         let imported = begun.map(|lease| import_with(self, lease, source, None, observer, options, always_publish));
         let (report, leftover) = imported.unwrap_or_else(|error| (Err(error), Vec::new()));
@@ -191,7 +192,7 @@ fn import_with(
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let results = results.clone();
-            let (queue, key) = (&queue, &store.block_hash_key);
+            let (queue, key) = (&queue, store.block_hash_key.as_bytes());
             scope.spawn(move || work(queue, source, key, &results));
         }
         let objects = Arc::clone(&store.objects);
@@ -674,10 +675,11 @@ impl<'a> Import<'a> {
 
     fn open_pack(&mut self) -> Result<(), StoreError> {
         let id = PackId::random()?;
+        let builder = self.known.store.pack_builder(id)?;
         let number = self.known.index.add_pack(IndexedPack { id, len_bytes: 0 })?;
         self.open = Some(OpenPack {
             number,
-            builder: PackBuilder::new(id),
+            builder,
             hashes: BTreeMap::new(),
             ready: BTreeMap::new(),
             dispatched: 0,
@@ -748,7 +750,7 @@ impl<'a> Import<'a> {
         let manifest = self.manifest(digest, size_bytes)?;
         let published = self.known.store.publish(&mut self.lease, &manifest, always)?;
         self.known.store.keep_leaves(&digest, &self.leaves, !published);
-        let manifest_bytes = manifest.encode()?.len() as u64;
+        let manifest_bytes = self.known.store.encode_manifest(&manifest, "")?.len() as u64;
         Ok(ImportReport {
             digest,
             size_bytes,

@@ -24,6 +24,8 @@
 //! | `published` | how manifests are named: by content, owner and edition |
 //! | `reads` | several frames of a pack with one request |
 //! | `settings` | what a store is: its format and keys |
+//! | `encryption` | keys, where they come from, encrypted packs and objects |
+//! | `cipher` | encryption of blocks in files of this host |
 //! | `stats` | what the store holds and what each content costs |
 //! | `store` | opens a store; frames, manifests and space for the rest of Bulbil |
 //!
@@ -38,6 +40,7 @@ mod attachment;
 mod cipher;
 mod clock;
 mod digest;
+mod encryption;
 mod error;
 mod frame;
 mod gc;
@@ -70,9 +73,10 @@ mod store;
 mod stored_disk;
 
 pub use attachment::AttachmentKind;
-pub use cipher::BlockCipher;
+pub use cipher::{BlockCipher, OverlayKey};
 pub use clock::{Clock, SystemClock};
 pub use digest::{Digest, DigestBuilder, ParseDigestError, window_leaf};
+pub use encryption::{KeyProvider, KeySlot, KeySource, StoreKey, write_new_key_file};
 pub use error::{StoreError, StoreErrorKind};
 pub use gc::{GcOptions, GcReport, LeaseReport, PackFate, PackReport};
 pub use image_record::{StoredImage, StoredImages};

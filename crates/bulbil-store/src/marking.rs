@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::manifest::Manifest;
 use crate::pack::PackId;
 use crate::publish::Stored;
-use crate::published::{OwnerId, Published};
+use crate::published::{ContentName, OwnerId, Published};
 use crate::store::Store;
 
 /// So often the manifests are listed again because one had gone meanwhile.
@@ -23,7 +22,7 @@ pub(crate) struct Marks {
     /// Packs that a current manifest refers to.
     pub(crate) live: HashSet<PackId>,
     /// Contents that have a manifest.
-    pub(crate) digests: HashSet<Digest>,
+    pub(crate) contents: HashSet<ContentName>,
     /// Manifests that cannot be read, with the reason.
     pub(crate) damaged: Vec<(Published, StoreError)>,
 }
@@ -45,7 +44,7 @@ impl Marks {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Known {
     Manifest,
-    /// A manifest that was not visited, because a newer one counted.
+    /// One that was not visited, or is damaged, because a newer one counted.
     Behind,
     Void,
     Damaged,
@@ -64,9 +63,9 @@ impl Store {
         let mut live = HashSet::new();
         for _ in 0..ATTEMPTS {
             let mut marks = Marks::default();
-            let mut groups: BTreeMap<(Digest, Option<OwnerId>), Vec<Published>> = BTreeMap::new();
+            let mut groups: BTreeMap<(ContentName, Option<OwnerId>), Vec<Published>> = BTreeMap::new();
             for published in self.all_published()? {
-                groups.entry((published.digest, published.owner)).or_default().push(published);
+                groups.entry((published.content, published.owner)).or_default().push(published);
             }
             let mut complete = true;
             for mut group in groups.into_values() {
@@ -76,7 +75,7 @@ impl Store {
             if complete {
                 marks.live = live;
                 supersede_old_names(&mut marks);
-                marks.digests = marks.current.iter().map(|p| p.digest).collect();
+                marks.contents = marks.current.iter().map(|p| p.content).collect();
                 return Ok(marks);
             }
         }
@@ -106,11 +105,10 @@ impl Store {
                         visit(&published, &manifest);
                         Known::Manifest
                     }
+                    // Behind a newer edition nobody needs it.
+                    Stored::Damaged(_) if counts => Known::Behind,
                     Stored::Damaged(error) => {
-                        // Behind a newer edition nobody needs it.
-                        if !counts {
-                            marks.damaged.push((published.clone(), error));
-                        }
+                        marks.damaged.push((published.clone(), error));
                         Known::Damaged
                     }
                 },
@@ -130,9 +128,10 @@ impl Store {
 
 /// A manifest of no known owner counts for nothing beside one that was made in its place.
 fn supersede_old_names(marks: &mut Marks) {
-    let owned: HashSet<_> = marks.current.iter().filter(|p| p.owner.is_some()).map(|p| p.digest).collect();
-    let (kept, old): (Vec<_>, Vec<_>) =
-        marks.current.drain(..).partition(|p| p.owner.is_some() || !owned.contains(&p.digest));
-    marks.current = kept;
-    marks.superseded.extend(old.iter().map(Published::object_name));
+    let owned: HashSet<_> = marks.current.iter().filter(|p| p.owner.is_some()).map(|p| p.content).collect();
+    let is_old = |published: &Published| published.owner.is_none() && owned.contains(&published.content);
+    let old: Vec<_> = marks.current.extract_if(.., |published| is_old(published)).collect();
+    let damaged: Vec<_> = marks.damaged.extract_if(.., |(published, _)| is_old(published)).collect();
+    let old = old.iter().chain(damaged.iter().map(|(published, _)| published));
+    marks.superseded.extend(old.map(Published::object_name));
 }

@@ -6,33 +6,42 @@
 //! ```text
 //! offset  bytes  what
 //! 0       8      magic "BULBPACK"
-//! 8       4      format version, 1
-//! 12      4      flags, 0 (bit 0 is kept for encryption)
+//! 8       4      format version: 1, or 2 when encrypted
+//! 12      4      0; in version 2: 1 u16 │ number of the data key u16
 //! 16      16     pack id, random, never reused
 //! 32      …      frames, one after another
 //! F       48·n   per frame: BLAKE3 of the plain bytes (32) │ offset u64 │ stored bytes u32 │ blocks u16 │ codec u8 │ 0
 //! …       16·m   per block: keyed BLAKE3, first 128 bits
+//! …       16     in version 2: tag of the footer
 //! end-64  8      F
 //! end-56  4      n, frames
 //! end-52  4      m, blocks
 //! end-48  32     BLAKE3 of pack id and footer (from F to end-64): the footer digest, which manifests name
-//! end-16  4      format version, 1
-//! end-12  4      0
+//! end-16  4      format version, as above
+//! end-12  4      as at 12
 //! end-8   8      magic "BULBFOOT"
 //! ```
+//! In version 2 each frame is encrypted after compression, and its stored bytes end with a tag of 16
+//! bytes; the footer is encrypted as one, and its digest is that of the encrypted bytes. How, and why
+//! no nonce repeats, is told in `encryption`.
+//!
 //! The footer is last so that a pack can be written in one stream, and at a fixed distance from
 //! the end so that one ranged read of the tail finds it.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 use bulbil_types::BLOCKS_PER_FRAME;
 
+use crate::encryption::{PackCipher, PackKeys, TAG_BYTES};
 use crate::error::{StoreError, StoreErrorKind};
-use crate::frame::{Codec, EncodedFrame};
+use crate::frame::{self, Codec, EncodedFrame};
 
 const MAGIC: &[u8; 8] = b"BULBPACK";
 const FOOTER_MAGIC: &[u8; 8] = b"BULBFOOT";
 const VERSION: u32 = 1;
+const ENCRYPTED_VERSION: u32 = 2;
 pub(crate) const HEADER_BYTES: usize = 32;
 const FRAME_RECORD_BYTES: usize = 48;
 const TRAILER_BYTES: usize = 64;
@@ -120,13 +129,31 @@ pub(crate) struct Footer {
     pub(crate) digest: [u8; 32],
     pub(crate) frames: Vec<FrameRecord>,
     pub(crate) blocks: Vec<BlockHash>,
+    /// `None` when the pack is not encrypted.
+    cipher: Option<Arc<PackCipher>>,
 }
 
 impl Footer {
-    /// Makes the footer of a pack with these frames and blocks.
+    /// Decrypts, decompresses and verifies a frame, which was stored as these bytes.
+    ///
+    /// # Errors
+    /// `Corrupt` when there is no such frame, or these are not its bytes.
+    pub(crate) fn decode_frame(&self, frame: u32, stored: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let record = self.frames.get(frame as usize).ok_or_else(|| StoreError::corrupt("no such frame"))?;
+        match &self.cipher {
+            None => frame::decode(stored, record.codec, record.blocks, &record.hash),
+            Some(cipher) => {
+                let opened = cipher.open_frame(u64::from(frame), stored);
+                let opened = opened.ok_or_else(|| StoreError::corrupt("frame does not match its tag"))?;
+                frame::decode(&opened, record.codec, record.blocks, &record.hash)
+            }
+        }
+    }
+
+    /// Makes the footer of a pack with these frames and blocks, which is not encrypted.
     pub(crate) fn new(id: PackId, frames: Vec<FrameRecord>, blocks: Vec<BlockHash>) -> Self {
         let bytes = footer_bytes(&frames, &blocks);
-        Self { digest: footer_digest(id, &bytes), frames, blocks }
+        Self { digest: footer_digest(id, &bytes), frames, blocks, cipher: None }
     }
 }
 
@@ -147,18 +174,22 @@ fn footer_bytes(frames: &[FrameRecord], blocks: &[BlockHash]) -> Vec<u8> {
 /// Checks the bytes of a pack that no reader needs: its header, and what is reserved at its end.
 pub(crate) fn check_unread_bytes(id: PackId, bytes: &[u8]) -> Result<(), &'static str> {
     let header = bytes.get(..HEADER_BYTES).ok_or("too short")?;
-    let sound = &header[..8] == MAGIC && u32_at(header, 8) == VERSION && u32_at(header, 12) == 0;
-    if !sound || header[16..] != id.0 {
+    let version_and_flags = bytes.len().checked_sub(16).and_then(|at| bytes.get(at..at + 8)).ok_or("too short")?;
+    let known = match u32_at(header, 8) {
+        VERSION => u32_at(header, 12) == 0,
+        version => version == ENCRYPTED_VERSION && u32_at(header, 12) & 0xffff == 1,
+    };
+    if &header[..8] != MAGIC || !known || header[16..] != id.0 {
         return Err("the header is damaged");
     }
-    let reserved = bytes.len().checked_sub(12).and_then(|at| bytes.get(at..at + 4)).ok_or("too short")?;
-    if reserved != [0; 4] { Err("reserved bytes are not zero") } else { Ok(()) }
+    if header[8..16] != *version_and_flags { Err("header and trailer do not agree") } else { Ok(()) }
 }
 
 /// A pack that is being filled.
 #[derive(Debug)]
 pub(crate) struct PackBuilder {
     id: PackId,
+    cipher: Option<Arc<PackCipher>>,
     bytes: Vec<u8>,
     frames: Vec<FrameRecord>,
     blocks: Vec<BlockHash>,
@@ -173,27 +204,40 @@ pub(crate) struct FinishedPack {
 }
 
 impl PackBuilder {
+    /// Begins a pack that is not encrypted; stores begin theirs with `Store::pack_builder`.
     pub(crate) fn new(id: PackId) -> Self {
+        Self::with(id, None)
+    }
+
+    /// Begins an encrypted pack.
+    pub(crate) fn encrypted(cipher: PackCipher) -> Self {
+        Self::with(cipher.id, Some(Arc::new(cipher)))
+    }
+
+    fn with(id: PackId, cipher: Option<Arc<PackCipher>>) -> Self {
         let mut bytes = Vec::with_capacity(TARGET_BYTES + (1 << 20));
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&0_u32.to_le_bytes());
+        bytes.extend_from_slice(&version_and_flags(cipher.as_deref()));
         bytes.extend_from_slice(&id.0);
-        Self { id, bytes, frames: Vec::new(), blocks: Vec::new() }
+        Self { id, cipher, bytes, frames: Vec::new(), blocks: Vec::new() }
     }
 
     /// Adds a frame and the hashes of its blocks, in order.
     pub(crate) fn push(&mut self, frame: &EncodedFrame, hashes: &[BlockHash]) {
         let previous_full = self.frames.last().is_none_or(|f| u64::from(f.blocks) == BLOCKS_PER_FRAME);
         assert!(previous_full && hashes.len() == usize::from(frame.blocks), "only the last frame may be short");
+        let offset = self.bytes.len();
+        self.bytes.extend_from_slice(&frame.stored);
+        if let Some(cipher) = &self.cipher {
+            cipher.seal_frame(self.frames.len() as u64, &mut self.bytes, offset);
+        }
         self.frames.push(FrameRecord {
             hash: frame.hash,
-            offset: self.bytes.len() as u64,
-            stored_bytes: u32::try_from(frame.stored.len()).expect("a frame is at most 128 KiB"),
+            offset: offset as u64,
+            stored_bytes: u32::try_from(self.bytes.len() - offset).expect("a frame is at most 128 KiB"),
             blocks: frame.blocks,
             codec: frame.codec,
         });
-        self.bytes.extend_from_slice(&frame.stored);
         self.blocks.extend_from_slice(hashes);
     }
 
@@ -209,20 +253,33 @@ impl PackBuilder {
     pub(crate) fn finish(mut self) -> FinishedPack {
         let footer_offset = self.bytes.len();
         self.bytes.extend_from_slice(&footer_bytes(&self.frames, &self.blocks));
-        let digest = footer_digest(self.id, &self.bytes[footer_offset..]);
-        self.bytes.extend_from_slice(&(footer_offset as u64).to_le_bytes());
-        self.bytes.extend_from_slice(&u32::try_from(self.frames.len()).expect("bounded").to_le_bytes());
-        self.bytes.extend_from_slice(&u32::try_from(self.blocks.len()).expect("bounded").to_le_bytes());
-        self.bytes.extend_from_slice(&digest);
-        self.bytes.extend_from_slice(&VERSION.to_le_bytes());
-        self.bytes.extend_from_slice(&0_u32.to_le_bytes());
-        self.bytes.extend_from_slice(FOOTER_MAGIC);
-        FinishedPack {
-            id: self.id,
-            bytes: self.bytes,
-            footer: Footer { digest, frames: self.frames, blocks: self.blocks },
+        let mut places = (footer_offset as u64).to_le_bytes().to_vec();
+        places.extend_from_slice(&u32::try_from(self.frames.len()).expect("bounded").to_le_bytes());
+        places.extend_from_slice(&u32::try_from(self.blocks.len()).expect("bounded").to_le_bytes());
+        let version = version_and_flags(self.cipher.as_deref());
+        if let Some(cipher) = &self.cipher {
+            cipher.seal_footer(&[&places[..], &version].concat(), &mut self.bytes, footer_offset);
         }
+        let digest = footer_digest(self.id, &self.bytes[footer_offset..]);
+        self.bytes.extend_from_slice(&places);
+        self.bytes.extend_from_slice(&digest);
+        self.bytes.extend_from_slice(&version);
+        self.bytes.extend_from_slice(FOOTER_MAGIC);
+        let footer = Footer { digest, frames: self.frames, blocks: self.blocks, cipher: self.cipher };
+        FinishedPack { id: self.id, bytes: self.bytes, footer }
     }
+}
+
+/// The 8 bytes that follow the magic of the header and stand before that of the trailer.
+fn version_and_flags(cipher: Option<&PackCipher>) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    let version = if cipher.is_some() { ENCRYPTED_VERSION } else { VERSION };
+    bytes[..4].copy_from_slice(&version.to_le_bytes());
+    if let Some(cipher) = cipher {
+        bytes[4..6].copy_from_slice(&1_u16.to_le_bytes());
+        bytes[6..].copy_from_slice(&cipher.number.to_le_bytes());
+    }
+    bytes
 }
 
 fn footer_digest(id: PackId, footer: &[u8]) -> [u8; 32] {
@@ -242,8 +299,11 @@ pub(crate) fn tail_guess_bytes(pack_bytes: u64) -> u64 {
 pub(crate) fn footer_span(tail: &[u8], pack_bytes: u64) -> Result<u64, StoreError> {
     let trailer = parse_trailer(tail)?;
     let span = pack_bytes.checked_sub(trailer.footer_offset).filter(|span| *span <= MAX_PACK_BYTES);
-    let expected =
-        trailer.frames as u64 * FRAME_RECORD_BYTES as u64 + trailer.blocks as u64 * 16 + TRAILER_BYTES as u64;
+    let tag_bytes = if trailer.data_key.is_some() { TAG_BYTES as u64 } else { 0 };
+    let expected = u64::from(trailer.frames) * FRAME_RECORD_BYTES as u64
+        + u64::from(trailer.blocks) * 16
+        + tag_bytes
+        + TRAILER_BYTES as u64;
     span.filter(|span| *span == expected).ok_or_else(|| StoreError::corrupt("pack trailer does not fit its size"))
 }
 
@@ -252,32 +312,48 @@ struct Trailer {
     frames: u32,
     blocks: u32,
     digest: [u8; 32],
+    /// Number of the data key; `None` when the pack is not encrypted.
+    data_key: Option<u16>,
+    /// What is authenticated with an encrypted footer: everything but the digest and the magic.
+    authenticated: Vec<u8>,
 }
 
 fn parse_trailer(tail: &[u8]) -> Result<Trailer, StoreError> {
     let trailer = tail.len().checked_sub(TRAILER_BYTES).and_then(|start| tail.get(start..));
     let trailer =
         trailer.filter(|t| &t[56..] == FOOTER_MAGIC).ok_or_else(|| StoreError::corrupt("pack has no footer"))?;
-    let version = u32_at(trailer, 48);
-    if version != VERSION {
-        return Err(StoreError::new(
-            StoreErrorKind::UnsupportedVersion,
-            format!("pack format version {version} is not known"),
-        ));
-    }
+    let flags = u32_at(trailer, 52);
+    let data_key = match u32_at(trailer, 48) {
+        VERSION => None,
+        // The lower half is 1, the upper half the number.
+        ENCRYPTED_VERSION if flags & 0xffff == 1 => Some((flags >> 16) as u16),
+        version => {
+            let text = format!("pack format version {version} is not known");
+            return Err(StoreError::new(StoreErrorKind::UnsupportedVersion, text));
+        }
+    };
     Ok(Trailer {
         footer_offset: u64_at(trailer, 0),
         frames: u32_at(trailer, 8),
         blocks: u32_at(trailer, 12),
         digest: trailer[16..48].try_into().expect("32 bytes"),
+        data_key,
+        authenticated: [&trailer[..16], &trailer[48..56]].concat(),
     })
 }
 
 /// Parses the last bytes of a pack, which must hold the whole footer (see [`footer_span`]).
 ///
+/// A store has `keys` when it is encrypted. Then all its packs are, and else none.
+///
 /// # Errors
-/// `Corrupt` when anything does not fit or verify.
-pub(crate) fn parse_footer(id: PackId, tail: &[u8], pack_bytes: u64) -> Result<Footer, StoreError> {
+/// `Corrupt` when anything does not fit or verify, `Key` when there is no key for it.
+pub(crate) fn parse_footer(
+    id: PackId,
+    tail: &[u8],
+    pack_bytes: u64,
+    keys: Option<&dyn PackKeys>,
+) -> Result<Footer, StoreError> {
     let corrupt = |what: &str| StoreError::corrupt(format!("pack {id}: {what}"));
     let span = footer_span(tail, pack_bytes)?;
     let start = usize::try_from(span).ok().and_then(|span| tail.len().checked_sub(span));
@@ -286,12 +362,25 @@ pub(crate) fn parse_footer(id: PackId, tail: &[u8], pack_bytes: u64) -> Result<F
     if footer_digest(id, footer) != trailer.digest {
         return Err(corrupt("footer does not match its digest"));
     }
-    let (records, hashes) = footer.split_at(trailer.frames as usize * FRAME_RECORD_BYTES);
+    let cipher = match (trailer.data_key, keys) {
+        (None, None) => None,
+        (Some(number), Some(keys)) => Some(Arc::new(keys.pack_cipher(number, id)?)),
+        (None, Some(_)) => return Err(corrupt("is not encrypted, and the store is")),
+        (Some(_), None) => return Err(corrupt("is encrypted, and the store is not")),
+    };
+    let opened = match &cipher {
+        None => Cow::Borrowed(footer),
+        Some(cipher) => {
+            let opened = cipher.open_footer(&trailer.authenticated, footer);
+            Cow::Owned(opened.ok_or_else(|| corrupt("footer does not match its tag"))?)
+        }
+    };
+    let (records, hashes) = opened.split_at(trailer.frames as usize * FRAME_RECORD_BYTES);
     let frames = records.chunks_exact(FRAME_RECORD_BYTES).map(parse_record).collect::<Option<Vec<_>>>();
     let frames = frames.ok_or_else(|| corrupt("unknown frame codec"))?;
     let blocks: Vec<BlockHash> = hashes.chunks_exact(16).map(|h| h.try_into().expect("16 bytes")).collect();
     check_records(&frames, blocks.len(), trailer.footer_offset).map_err(corrupt)?;
-    Ok(Footer { digest: trailer.digest, frames, blocks })
+    Ok(Footer { digest: trailer.digest, frames, blocks, cipher })
 }
 
 fn parse_record(record: &[u8]) -> Option<FrameRecord> {
@@ -336,6 +425,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::encryption::Secret;
 
     fn sample() -> FinishedPack {
         let mut compressor = crate::frame::compressor().unwrap();
@@ -350,7 +440,7 @@ mod tests {
     #[test]
     fn a_footer_comes_back() {
         let pack = sample();
-        let footer = parse_footer(pack.id, &pack.bytes, pack.bytes.len() as u64).unwrap();
+        let footer = parse_footer(pack.id, &pack.bytes, pack.bytes.len() as u64, None).unwrap();
         assert_eq!(footer.frames, pack.footer.frames);
         assert_eq!(footer.blocks, pack.footer.blocks);
         assert_eq!(footer.digest, pack.footer.digest);
@@ -365,15 +455,16 @@ mod tests {
             for flip in [1, 0x80] {
                 let mut bad = pack.bytes.clone();
                 bad[position] ^= flip;
-                let parsed = parse_footer(pack.id, &bad, bad.len() as u64);
+                let parsed = parse_footer(pack.id, &bad, bad.len() as u64, None);
                 let reserved = (pack.bytes.len() - 12..pack.bytes.len() - 8).contains(&position);
                 assert!(parsed.is_err() || reserved, "byte {position}");
             }
         }
         for len in 0..pack.bytes.len() {
-            assert!(parse_footer(pack.id, &pack.bytes[..len], len as u64).is_err());
+            assert!(parse_footer(pack.id, &pack.bytes[..len], len as u64, None).is_err());
         }
-        assert!(parse_footer(PackId([1; 16]), &pack.bytes, pack.bytes.len() as u64).is_err(), "another pack's footer");
+        let other = parse_footer(PackId([1; 16]), &pack.bytes, pack.bytes.len() as u64, None);
+        assert!(other.is_err(), "another pack's footer");
     }
 
     #[test]
@@ -392,4 +483,88 @@ mod tests {
     }
 
     const GOLDEN: (usize, &str) = (144_112, "e54c44fddd819692876f6868a6124c603539ebaf875c4a6aac3ee21f3f1bf465");
+
+    /// A store's keys, of which the one with the number 3 is known.
+    struct Keys;
+
+    impl PackKeys for Keys {
+        fn pack_cipher(&self, number: u16, id: PackId) -> Result<PackCipher, StoreError> {
+            let known = (number == 3).then(|| PackCipher::new(&Secret::new([9; 32]), number, id));
+            known.ok_or_else(|| StoreError::new(StoreErrorKind::Key, "no such key"))
+        }
+    }
+
+    fn encrypted() -> FinishedPack {
+        let id = PackId([0xcd; 16]);
+        let mut builder = PackBuilder::encrypted(Keys.pack_cipher(3, id).unwrap());
+        for (value, blocks) in [(1_u8, 32_u16), (2, 3)] {
+            let plain = vec![value; usize::from(blocks) * 4096];
+            let hash = *blake3::hash(&plain).as_bytes();
+            let frame = EncodedFrame { hash, codec: Codec::Raw, blocks, stored: plain };
+            builder.push(&frame, &vec![[value; 16]; usize::from(blocks)]);
+        }
+        builder.finish()
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Footer, StoreError> {
+        parse_footer(PackId([0xcd; 16]), bytes, bytes.len() as u64, Some(&Keys))
+    }
+
+    #[test]
+    fn an_encrypted_pack_comes_back_with_its_key_only() {
+        let pack = encrypted();
+        let footer = parse(&pack.bytes).unwrap();
+        assert_eq!(
+            (&footer.frames, &footer.blocks, footer.digest),
+            (&pack.footer.frames, &pack.footer.blocks, pack.footer.digest)
+        );
+        for (number, value) in [(0, 1_u8), (1, 2)] {
+            let record = footer.frames[number as usize];
+            let stored = &pack.bytes[record.offset as usize..][..record.stored_bytes as usize];
+            let plain = footer.decode_frame(number, stored).unwrap();
+            assert!(plain.iter().all(|byte| *byte == value) && plain.len() + 16 == stored.len());
+            assert!(!stored.windows(8).any(|bytes| bytes == [value; 8]));
+            assert!(footer.decode_frame(1 - number, stored).is_err(), "a frame at another place");
+            for position in [0, 5000, stored.len() - 17, stored.len() - 16, stored.len() - 1] {
+                let mut bad = stored.to_vec();
+                bad[position] ^= 1;
+                assert!(footer.decode_frame(number, &bad).is_err(), "byte {position}");
+            }
+        }
+        let len = pack.bytes.len() as u64;
+        assert!(parse_footer(pack.id, &pack.bytes, len, None).is_err(), "a store that is not encrypted");
+        let plain = sample();
+        assert!(parse_footer(plain.id, &plain.bytes, plain.bytes.len() as u64, Some(&Keys)).is_err(), "a plain pack");
+    }
+
+    #[test]
+    fn no_changed_byte_of_an_encrypted_footer_goes_unnoticed() {
+        let pack = encrypted();
+        let last = pack.footer.frames[1];
+        for position in (last.offset + u64::from(last.stored_bytes)) as usize..pack.bytes.len() {
+            for flip in [1, 0x80] {
+                let mut bad = pack.bytes.clone();
+                bad[position] ^= flip;
+                // Whoever can change the footer can make its digest fit.
+                let digest =
+                    footer_digest(pack.id, &bad[last.offset as usize + last.stored_bytes as usize..bad.len() - 64]);
+                assert!(parse(&bad).is_err(), "byte {position}");
+                let at = bad.len() - 48;
+                if !(at..at + 32).contains(&position) {
+                    bad[at..at + 32].copy_from_slice(&digest);
+                    assert!(parse(&bad).is_err(), "byte {position}, with its digest");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_encrypted_format_never_changes() {
+        let pack = encrypted();
+        let hash = blake3::hash(&pack.bytes).to_hex();
+        assert_eq!((pack.bytes.len(), hash.as_str()), GOLDEN_ENCRYPTED);
+    }
+
+    const GOLDEN_ENCRYPTED: (usize, &str) =
+        (144_160, "56fe6cd5742658de57be1bc813cab21e808a89da0080f0afa029986474313b66");
 }

@@ -32,7 +32,7 @@ impl<'a> PackWriter<'a> {
     pub(crate) fn push(&mut self, block: &[u8], hash: &BlockHash) -> Result<(u32, u16), StoreError> {
         assert_eq!(block.len(), BLOCK_LEN, "whole blocks only");
         if self.open.is_none() {
-            self.open = Some(PackBuilder::new(PackId::random()?));
+            self.open = Some(self.store.pack_builder(PackId::random()?)?);
             self.frames = 0;
         }
         let pack = u32::try_from(self.finished.len()).expect("far fewer packs are written at once");

@@ -28,15 +28,12 @@ impl Store {
     /// # Errors
     /// `Io`, `Timeout`, `UnsupportedVersion`: what would be different at another time or with another program.
     pub(crate) fn stored_manifest(&self, published: &Published) -> Result<Stored, StoreError> {
-        let parsed = self.objects.get(&published.object_name(), MAX_MANIFEST_BYTES).and_then(|bytes| {
+        let name = published.object_name();
+        let parsed = self.objects.get(&name, MAX_MANIFEST_BYTES).and_then(|bytes| {
             if Void::is(&bytes) {
                 return Ok(Stored::Void);
             }
-            let manifest = Manifest::parse(&bytes)?;
-            if manifest.digest() != published.digest {
-                let text = format!("the manifest stored for {} is of {}", published.digest, manifest.digest());
-                return Err(StoreError::corrupt(text));
-            }
+            let manifest = self.parse_manifest(published.content, &name, bytes)?;
             Ok(Stored::Manifest(manifest))
         });
         match parsed {
@@ -51,15 +48,17 @@ impl Store {
 
     /// Lists the contents that this owner has published, or that no owner is known of, in no order.
     ///
+    /// In an encrypted store every manifest is read once for it.
+    ///
     /// # Errors
-    /// `Io`, `Timeout`.
+    /// `Io`, `Timeout`; in an encrypted store also `Corrupt`.
     pub fn digests(&self) -> Result<Vec<Digest>, StoreError> {
         let mut found = HashSet::new();
         for (name, len_bytes) in self.objects.list("manifests")? {
             let Some(published) = Published::parse(&name) else { continue };
             let mine = published.owner.is_none_or(|owner| owner == self.owner);
-            if mine && !found.contains(&published.digest) && !self.is_void(&name, len_bytes)? {
-                found.insert(published.digest);
+            if mine && !self.is_void(&name, len_bytes)? {
+                found.extend(self.digest_of(&published)?);
             }
         }
         Ok(found.into_iter().collect())
@@ -93,27 +92,26 @@ impl Store {
         let digest = manifest.digest();
         let mut stored = self.published(&digest)?;
         stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
-        let mut useless = Vec::new();
         for published in &stored {
             match self.stored_manifest(published)? {
                 Stored::Manifest(found) if !always && self.has_packs_of(&found)? => return Ok(false),
                 Stored::Manifest(_) if always => {}
                 Stored::Void | Stored::Gone => {}
-                Stored::Manifest(_) | Stored::Damaged(_) => useless.push(published.object_name()),
+                // A newer edition takes its place; collections delete what it supersedes.
+                Stored::Manifest(_) | Stored::Damaged(_) => {
+                    tracing::warn!(name = published.object_name(), "a manifest that is of no use is superseded");
+                }
             }
         }
-        let published = Published { digest, owner: Some(self.owner), edition: next_edition(&stored)? };
+        let published =
+            Published { content: self.content_name(&digest), owner: Some(self.owner), edition: next_edition(&stored)? };
         let name = published.object_name();
         lease.announce(vec![name.clone()])?;
-        if !self.put_announced(lease, &name, &manifest.encode()?)? {
+        if !self.put_announced(lease, &name, &self.encode_manifest(manifest, &name)?)? {
             return match self.stored_manifest(&published)? {
                 Stored::Manifest(_) => Ok(false),
                 _ => Err(StoreError::new(StoreErrorKind::Timeout, "another process publishes this content; try again")),
             };
-        }
-        for name in useless {
-            tracing::warn!(name, "a manifest that was of no use is replaced");
-            self.objects.delete(&name)?;
         }
         Ok(true)
     }

@@ -1,9 +1,11 @@
 //! How manifests are named: by content, owner and edition.
 //!
 //! ```text
-//! manifests/<digest, 64 digits>/<owner, 16 digits>-<edition, 8 digits>.manifest
-//! manifests/<digest, 64 digits>.manifest            stores made before owners were told apart
+//! manifests/<content, 64 digits>/<owner, 16 digits>-<edition, 8 digits>.manifest
+//! manifests/<content, 64 digits>.manifest           stores made before owners were told apart
 //! ```
+//! The name of a content is its digest, or in an encrypted store a keyed hash of it.
+//!
 //! Each owner of a content, that is each data directory that has an image or a volume of it, publishes
 //! a manifest of its own. So an owner gives a content up by deleting its own manifests, and takes
 //! nothing away from others. A new edition of a manifest, with the same content in other packs, is put
@@ -70,10 +72,26 @@ impl FromStr for OwnerId {
     }
 }
 
+/// How a content is named in a store: by its digest, or in an encrypted store by a keyed hash of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ContentName(pub(crate) [u8; 32]);
+
+impl fmt::Display for ContentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&Digest::from_bytes(self.0).to_hex())
+    }
+}
+
+impl ContentName {
+    pub(crate) fn parse(hex: &str) -> Option<Self> {
+        format!("sha256:{hex}").parse().ok().map(|digest: Digest| Self(*digest.as_bytes()))
+    }
+}
+
 /// A manifest object by its name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Published {
-    pub(crate) digest: Digest,
+    pub(crate) content: ContentName,
     /// `None` in stores made before owners were told apart.
     pub(crate) owner: Option<OwnerId>,
     pub(crate) edition: u32,
@@ -81,7 +99,7 @@ pub(crate) struct Published {
 
 impl Published {
     pub(crate) fn object_name(&self) -> String {
-        let directory = directory(&self.digest);
+        let directory = directory(self.content);
         match self.owner {
             Some(owner) => format!("{directory}/{owner}-{:08x}.manifest", self.edition),
             None => format!("{directory}.manifest"),
@@ -90,19 +108,18 @@ impl Published {
 
     pub(crate) fn parse(object_name: &str) -> Option<Self> {
         let rest = object_name.strip_prefix("manifests/")?.strip_suffix(".manifest")?;
-        let digest = |hex: &str| format!("sha256:{hex}").parse().ok();
         let Some((hex, file)) = rest.split_once('/') else {
-            return Some(Self { digest: digest(rest)?, owner: None, edition: 0 });
+            return Some(Self { content: ContentName::parse(rest)?, owner: None, edition: 0 });
         };
         let (owner, edition) = file.split_once('-')?;
         let edition = (edition.len() == 8).then(|| u32::from_str_radix(edition, 16).ok())??;
-        Some(Self { digest: digest(hex)?, owner: Some(owner.parse().ok()?), edition })
+        Some(Self { content: ContentName::parse(hex)?, owner: Some(owner.parse().ok()?), edition })
     }
 }
 
 /// The directory of all manifests of a content.
-pub(crate) fn directory(digest: &Digest) -> String {
-    format!("manifests/{}", digest.to_hex())
+pub(crate) fn directory(content: ContentName) -> String {
+    format!("manifests/{content}")
 }
 
 #[cfg(test)]
@@ -111,12 +128,12 @@ mod tests {
 
     #[test]
     fn names_parse_back_and_others_are_ignored() {
-        let digest = Digest::from_bytes([7; 32]);
+        let content = ContentName([7; 32]);
         for owner in [None, Some(OwnerId(0)), Some(OwnerId(u64::MAX))] {
-            let published = Published { digest, owner, edition: if owner.is_some() { 300 } else { 0 } };
+            let published = Published { content, owner, edition: if owner.is_some() { 300 } else { 0 } };
             assert_eq!(Published::parse(&published.object_name()), Some(published));
         }
-        let hex = digest.to_hex();
+        let hex = content.to_string();
         for name in [
             format!("manifests/{hex}/0-0.manifest"),
             format!("manifests/{hex}/0000000000000000-00000000.manifest.new"),

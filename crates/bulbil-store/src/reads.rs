@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::StoreError;
-use crate::frame;
 use crate::manifest::PackRef;
 use crate::pack::{Footer, PackId};
 use crate::store::Store;
@@ -127,9 +126,7 @@ impl Store {
         number: u32,
         stored: &[u8],
     ) -> Result<Vec<u8>, StoreError> {
-        let record = footer.frames.get(number as usize);
-        let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {pack}: no frame {number}")))?;
-        frame::decode(stored, record.codec, record.blocks, &record.hash).map_err(|error| {
+        footer.decode_frame(number, stored).map_err(|error| {
             StoreError::with_source(error.kind(), format!("pack {pack}, frame {number} is damaged"), error)
         })
     }

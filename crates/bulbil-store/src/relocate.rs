@@ -137,7 +137,7 @@ impl Store {
 
     /// The hash by which a block is recognised in this store.
     pub(crate) fn block_hash(&self, block: &[u8]) -> BlockHash {
-        *blake3::keyed_hash(&self.block_hash_key, block).as_bytes().first_chunk().expect("16 of 32 bytes")
+        *blake3::keyed_hash(self.block_hash_key.as_bytes(), block).as_bytes().first_chunk().expect("16 of 32 bytes")
     }
 
     fn put_editions(
@@ -165,7 +165,8 @@ impl Store {
                 moved.postponed += 1;
                 continue;
             }
-            if self.put_announced(lease, &edition.object_name(), &manifest.encode()?)? {
+            let name = edition.object_name();
+            if self.put_announced(lease, &name, &self.encode_manifest(&manifest, &name)?)? {
                 moved.manifests += 1;
             }
         }
@@ -176,13 +177,13 @@ impl Store {
     pub(crate) fn next_edition_of(&self, published: &Published) -> Result<Published, StoreError> {
         let too_many = || StoreError::corrupt("the manifests of a content have no number left");
         let owner = published.owner.unwrap_or(self.owner);
-        let same = self.published(&published.digest)?;
+        let same = self.published_as(published.content)?;
         let newest = same.iter().filter(|p| p.owner == Some(owner)).map(|p| p.edition).max();
         let edition = match newest {
             Some(edition) => edition.checked_add(1).ok_or_else(too_many)?,
             None => crate::publish::first_edition()?,
         };
-        Ok(Published { digest: published.digest, owner: Some(owner), edition })
+        Ok(Published { content: published.content, owner: Some(owner), edition })
     }
 }
 

@@ -12,7 +12,7 @@ use crate::attachment::AttachmentKind;
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::pack::{Footer, HEADER_BYTES, PackId};
-use crate::published::Published;
+use crate::published::{ContentName, Published};
 use crate::store::Store;
 
 /// What a store holds; all contents of all owners.
@@ -94,7 +94,7 @@ struct Collected {
     packs: Vec<PackId>,
     numbers: HashMap<PackId, u32>,
     contents: Vec<ContentStats>,
-    by_digest: HashMap<Digest, u32>,
+    by_name: HashMap<ContentName, u32>,
     runs: Vec<Run>,
 }
 
@@ -136,11 +136,11 @@ impl Store {
     fn add_small_objects(&self, all: &mut Collected, stats: &mut StoreStats) -> Result<(), StoreError> {
         for (name, len_bytes) in self.objects.list("manifests")? {
             stats.manifest_bytes += len_bytes;
-            all.add_cost(Published::parse(&name).map(|published| published.digest), len_bytes);
+            all.add_cost(Published::parse(&name).map(|published| published.content), len_bytes);
         }
         for (name, len_bytes) in self.objects.list("attachments")? {
             stats.attachment_bytes += len_bytes;
-            all.add_cost(AttachmentKind::digest_of(&name), len_bytes);
+            all.add_cost(AttachmentKind::content_of(&name), len_bytes);
         }
         Ok(())
     }
@@ -149,9 +149,9 @@ impl Store {
 impl Collected {
     fn add(&mut self, published: &Published, manifest: &crate::manifest::Manifest) {
         let next = u32::try_from(self.contents.len()).expect("fewer contents than memory holds");
-        let content = *self.by_digest.entry(published.digest).or_insert_with(|| {
+        let content = *self.by_name.entry(published.content).or_insert_with(|| {
             self.contents.push(ContentStats {
-                digest: published.digest,
+                digest: manifest.digest(),
                 owners: 0,
                 size_bytes: manifest.size_bytes(),
                 data_bytes: manifest.data_bytes(),
@@ -178,8 +178,8 @@ impl Collected {
         self.runs[start..].iter().take_while(|run| run.pack == pack).copied().collect()
     }
 
-    fn add_cost(&mut self, digest: Option<Digest>, len_bytes: u64) {
-        if let Some(content) = digest.and_then(|digest| self.by_digest.get(&digest)) {
+    fn add_cost(&mut self, name: Option<ContentName>, len_bytes: u64) {
+        if let Some(content) = name.and_then(|name| self.by_name.get(&name)) {
             self.contents[*content as usize].alone_bytes += len_bytes;
         }
     }

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 
 use crate::clock::{Clock, SystemClock};
 use crate::digest::Digest;
+use crate::encryption::{KeyProvider, Keyring, Secret};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::index::{BlockIndex, IndexedPack};
 use crate::manifest::{Manifest, PackRef};
 use crate::objects::{DirObjects, Objects};
 use crate::pack::{self, Footer, PackId};
 use crate::publish::Stored;
-use crate::published::{self, OwnerId, Published};
+use crate::published::{self, ContentName, OwnerId, Published};
 use crate::settings::Settings;
 
 /// Footers kept in memory: each is 6 KiB of frame records for a usual pack, and 64 KiB of block hashes.
@@ -29,6 +30,30 @@ pub struct StoreOptions {
     pub state_directory: PathBuf,
     /// Under which id manifests are published and given up.
     pub owner: OwnerId,
+    /// What gives the key of an encrypted store.
+    pub key: Option<Arc<dyn KeyProvider>>,
+    /// Whether a store that does not exist yet is made an encrypted one.
+    pub encrypt_new: bool,
+}
+
+impl StoreOptions {
+    /// Options of a store that is not encrypted.
+    #[must_use]
+    pub fn new(state_directory: &Path, owner: OwnerId) -> Self {
+        Self { state_directory: state_directory.to_owned(), owner, ..Self::default() }
+    }
+
+    /// The same for an encrypted store, whose key this gives.
+    #[must_use]
+    pub fn with_key(self, provider: impl KeyProvider + 'static) -> Self {
+        Self { key: Some(Arc::new(provider)), ..self }
+    }
+
+    /// The same, and a store that does not exist yet is made an encrypted one.
+    #[must_use]
+    pub fn encrypt_new(self) -> Self {
+        Self { encrypt_new: true, ..self }
+    }
 }
 
 /// Bytes a store takes, by kind.
@@ -53,9 +78,13 @@ pub struct Store {
     pub(crate) objects: Arc<dyn Objects>,
     pub(crate) index_directory: PathBuf,
     pub(crate) owner: OwnerId,
-    pub(crate) block_hash_key: [u8; 32],
+    pub(crate) block_hash_key: Secret,
+    /// `None` when the store is not encrypted.
+    pub(crate) keyring: Option<Arc<Keyring>>,
     pub(crate) clock: Arc<dyn Clock>,
     footers: Mutex<FooterCache>,
+    /// Contents by their names, which tell nothing in an encrypted store.
+    pub(crate) contents: Mutex<HashMap<ContentName, Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -92,24 +121,26 @@ impl Store {
     /// As [`open`](Self::open).
     pub fn open_or_create(directory: &Path) -> Result<Self, StoreError> {
         let objects = DirObjects::open(directory)?;
-        let options = StoreOptions { state_directory: directory.join("index"), owner: OwnerId::default() };
-        Self::open(Arc::new(objects), options)
+        Self::open(Arc::new(objects), StoreOptions::new(&directory.join("index"), OwnerId::default()))
     }
 
     /// Opens the store in these objects, or makes one where there is none.
     ///
     /// # Errors
     /// `UnsupportedVersion` for a store of a newer format, `Corrupt` when its settings cannot be
-    /// read, `Io`, `Timeout` or `NoSpace`.
+    /// read, `Key` when the key is missing, wrong, or given for a store that is not encrypted, `Io`,
+    /// `Timeout` or `NoSpace`.
     pub fn open(objects: Arc<dyn Objects>, options: StoreOptions) -> Result<Self, StoreError> {
-        let settings = Settings::open_or_create(&*objects)?;
+        let settings = Settings::open_or_create(&objects, &options)?;
         Ok(Self {
             objects,
             index_directory: options.state_directory,
             owner: options.owner,
             block_hash_key: settings.block_hash_key,
+            keyring: settings.keyring,
             clock: Arc::new(SystemClock),
             footers: Mutex::default(),
+            contents: Mutex::default(),
         })
     }
 
@@ -149,11 +180,16 @@ impl Store {
 
     /// Lists the manifests of a content, of all owners, in no order.
     pub(crate) fn published(&self, digest: &Digest) -> Result<Vec<Published>, StoreError> {
-        let mut found: Vec<_> = self.objects.list(&published::directory(digest))?;
+        self.published_as(self.content_name(digest))
+    }
+
+    /// Lists the manifests of the content of this name, of all owners, in no order.
+    pub(crate) fn published_as(&self, content: ContentName) -> Result<Vec<Published>, StoreError> {
+        let mut found: Vec<_> = self.objects.list(&published::directory(content))?;
         let own = |(name, _): &(String, u64)| Published::parse(name).is_some_and(|p| p.owner == Some(self.owner));
         if !found.iter().any(own) {
             // Perhaps one of a store made before owners were told apart.
-            let old = Published { digest: *digest, owner: None, edition: 0 };
+            let old = Published { content, owner: None, edition: 0 };
             match self.objects.get_range(&old.object_name(), 0, 1) {
                 Err(e) if matches!(e.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => {}
                 other => found.push((old.object_name(), other?.len() as u64)),
@@ -178,12 +214,6 @@ impl Store {
         let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
         let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
         self.decode_stored(pack.id, &footer, frame, &stored)
-    }
-
-    /// The cipher of a pack's frames in caches of this host; `None` when the store is not encrypted.
-    #[must_use]
-    pub fn cache_cipher(&self, _pack: PackId) -> Option<crate::BlockCipher> {
-        None
     }
 
     /// Adds up what the store takes.
@@ -220,7 +250,7 @@ impl Store {
         if span > bytes.len() as u64 {
             bytes = tail(span)?;
         }
-        let footer = Arc::new(pack::parse_footer(id, &bytes, pack_bytes)?);
+        let footer = Arc::new(pack::parse_footer(id, &bytes, pack_bytes, self.pack_keys())?);
         self.footers.lock().expect("no panic while held").put(id, Arc::clone(&footer));
         Ok(footer)
     }

@@ -100,7 +100,7 @@ struct World {
 
 impl World {
     fn open(&self, objects: Arc<dyn Objects>, owner: OwnerId, directory: &Path) -> Result<Store, StoreError> {
-        let options = StoreOptions { state_directory: directory.to_owned(), owner };
+        let options = StoreOptions { state_directory: directory.to_owned(), owner, ..StoreOptions::default() };
         let clock: Arc<ManualClock> = Arc::clone(&self.clock);
         Ok(Store::open(objects, options)?.with_clock(clock))
     }
@@ -294,7 +294,11 @@ fn run_schedule(seed: u64, directory: &Path) -> [u64; 8] {
     let actors = 2 + rng.below(3) as usize;
     let disks = disks(&mut rng);
     let digests = {
-        let options = StoreOptions { state_directory: directory.join("digests"), owner: OwnerId::default() };
+        let options = StoreOptions {
+            state_directory: directory.join("digests"),
+            owner: OwnerId::default(),
+            ..StoreOptions::default()
+        };
         let store = Store::open(Arc::new(MemoryObjects::default()), options).unwrap();
         disks.iter().map(|disk| store.import(disk, disk).unwrap().digest).collect()
     };

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use bulbil_store::{
-    AttachmentKind, Digest, DiskSource, GcOptions, GcReport, Objects, PackFate, SourceError, Store, StoreErrorKind,
-    StoreOptions,
+    AttachmentKind, Digest, DiskSource, GcOptions, GcReport, Objects, PackFate, SourceError, Store, StoreError,
+    StoreErrorKind, StoreOptions,
 };
 use bulbil_testkit::{FaultRates, FaultyObjects, ManualClock, MemoryDisk, MemoryObjects, Rng};
 use bulbil_types::BLOCK_LEN;
@@ -34,7 +34,11 @@ impl Fixture {
     fn store_of(&self, objects: Arc<dyn Objects>) -> Store {
         let number = self.opened.fetch_add(1, Ordering::Relaxed);
         let owner = "0000000000000001".parse().unwrap();
-        let options = StoreOptions { state_directory: self.state.path().join(number.to_string()), owner };
+        let options = StoreOptions {
+            state_directory: self.state.path().join(number.to_string()),
+            owner,
+            ..StoreOptions::default()
+        };
         let clock: Arc<ManualClock> = Arc::clone(&self.clock);
         Store::open(objects, options).unwrap().with_clock(clock)
     }
@@ -46,6 +50,119 @@ impl Fixture {
     fn count(&self, directory: &str) -> usize {
         self.objects.names().iter().filter(|name| name.starts_with(directory)).count()
     }
+}
+
+/// Objects that do something else before the first put of an object whose name begins so.
+struct Interrupted {
+    inner: MemoryObjects,
+    prefix: &'static str,
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inner.fmt(f)
+    }
+}
+
+impl Objects for Interrupted {
+    fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<bool, StoreError> {
+        if name.starts_with(self.prefix) {
+            let meanwhile = self.meanwhile.lock().unwrap().take();
+            meanwhile.into_iter().for_each(|meanwhile| meanwhile());
+        }
+        self.inner.put_if_absent(name, bytes)
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.inner.put(name, bytes)
+    }
+
+    fn get_range(&self, name: &str, offset: u64, len_bytes: usize) -> Result<Vec<u8>, StoreError> {
+        self.inner.get_range(name, offset, len_bytes)
+    }
+
+    fn get(&self, name: &str, limit_bytes: u64) -> Result<Vec<u8>, StoreError> {
+        self.inner.get(name, limit_bytes)
+    }
+
+    fn list(&self, directory: &str) -> Result<Vec<(String, u64)>, StoreError> {
+        self.inner.list(directory)
+    }
+
+    fn delete(&self, name: &str) -> Result<(), StoreError> {
+        self.inner.delete(name)
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+}
+
+/// A store in which `meanwhile` happens before the first manifest is put.
+fn interrupted(fixture: &Fixture, meanwhile: impl FnOnce() + Send + 'static) -> Store {
+    let meanwhile: Box<dyn FnOnce() + Send> = Box::new(meanwhile);
+    let inner = fixture.objects.clone();
+    fixture.store_of(Arc::new(Interrupted { inner, prefix: "manifests/", meanwhile: Mutex::new(Some(meanwhile)) }))
+}
+
+/// Reads the first block of every extent of everything that is visible.
+fn check_visible(store: &Store) {
+    for digest in store.digests().unwrap() {
+        let manifest = store.manifest(&digest).unwrap();
+        for extent in manifest.extents() {
+            store.read_frame(&manifest.packs()[extent.pack as usize], extent.block_in_pack / 32).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_writer_that_sleeps_before_its_last_put_and_is_taken_for_dead_publishes_nothing() {
+    let fixture = Fixture::new();
+    let gone = import(&fixture.store(), &disk(90));
+    let (other, clock) = (fixture.store(), Arc::clone(&fixture.clock));
+    let late = interrupted(&fixture, move || {
+        clock.advance_ms(11 * 60_000);
+        other.remove_manifest(&gone).unwrap();
+        assert!(other.sweep().unwrap() > 0);
+    });
+    let part = MemoryDisk(disk(90).0[..50 * BLOCK_LEN].to_vec());
+    assert_eq!(late.import(&part, &part).unwrap_err().kind(), StoreErrorKind::Timeout);
+    assert!(fixture.store().digests().unwrap().is_empty());
+    let again = import(&fixture.store(), &part);
+    assert_eq!(fixture.store().digests().unwrap(), [again]);
+    check_visible(&fixture.store());
+}
+
+#[test]
+fn a_repack_carries_no_reference_to_a_condemned_pack_over() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let (first, second) = (disk(91), disk(92));
+    let (first_digest, second_digest) = (import(&store, &first), import(&store, &second));
+    // Most of the first pack and a little of the second one.
+    let both = MemoryDisk([&first.0[..200 * BLOCK_LEN], &second.0[..20 * BLOCK_LEN]].concat());
+    let other = fixture.store();
+    let writer = interrupted(&fixture, move || {
+        // The pack of the first is condemned although the import that is under way refers to it.
+        other.remove_manifest(&first_digest).unwrap();
+        assert_eq!(fates(&collect(&other, NO_GRACE)), [&PackFate::Condemned]);
+    });
+    let kept = import(&writer, &both);
+    store.remove_manifest(&second_digest).unwrap();
+    let other = fixture.store();
+    let repacker = interrupted(&fixture, move || {
+        other.remove_manifest(&kept).unwrap();
+        other.sweep().unwrap();
+    });
+    let options = GcOptions { grace: NO_GRACE, dry_run: false, repack_below_percent: 50 };
+    assert_eq!(repacker.collect(&options).unwrap().repack.unwrap().postponed_manifests, 1);
+    check_visible(&store);
+    let report = store.collect(&options).unwrap().repack.unwrap();
+    assert_eq!(report.rewritten_manifests, 1, "the next one does it");
+    store.sweep().unwrap();
+    check_visible(&store);
+    assert_eq!(store.digests().unwrap(), [kept]);
 }
 
 fn disk(seed: u64) -> MemoryDisk {

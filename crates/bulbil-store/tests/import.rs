@@ -280,7 +280,7 @@ fn a_store_of_a_newer_format_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     drop(store(dir.path()));
     let path = dir.path().join("bulbil-store.json");
-    let text = std::fs::read_to_string(&path).unwrap().replace("\"format_version\": 1", "\"format_version\": 2");
+    let text = std::fs::read_to_string(&path).unwrap().replace("\"format_version\": 1", "\"format_version\": 3");
     std::fs::remove_file(&path).unwrap();
     std::fs::File::create(&path).and_then(|mut f| std::io::Write::write_all(&mut f, text.as_bytes())).unwrap();
     assert_eq!(Store::open_or_create(dir.path()).unwrap_err().kind(), StoreErrorKind::UnsupportedVersion);

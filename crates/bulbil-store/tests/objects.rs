@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulbil_store::{DirObjects, Objects, RemoteObjects, RemoteOptions, StoreErrorKind, StoreLocation, open_objects};
-use bulbil_testkit::{Fault, FaultRates, HttpFaultProxy, ProxyOptions, Rng, S3Server, objects_conformance};
+use bulbil_testkit::{Fault, HttpFaultProxy, HttpFaultRates, ProxyOptions, Rng, S3Server, objects_conformance};
 
 fn remote(location: &StoreLocation, options: &RemoteOptions) -> RemoteObjects {
     let StoreLocation::S3(location) = location else { panic!("{location} is not in S3") };
@@ -55,7 +55,7 @@ fn objects_behind_an_s3_server_keep_the_contract() {
 
 #[test]
 fn objects_behind_a_bad_network_keep_the_contract() {
-    let faults = FaultRates::all(7, 15).and(Fault::Silent, 5);
+    let faults = HttpFaultRates::all(7, 15).and(Fault::Silent, 5);
     let options = RemoteOptions { attempt_timeout: Duration::from_millis(500), ..S3Server::options() };
     let Way { objects, proxy, server: _server } = way(&options, ProxyOptions { faults, ..ProxyOptions::default() });
     objects_conformance(&objects);

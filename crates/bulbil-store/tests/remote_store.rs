@@ -9,7 +9,7 @@ use bulbil_store::{
     Digest, DiskSource, ImportObserver, ImportReport, OwnerId, RemoteOptions, SourceError, Store, StoreError,
     StoreErrorKind, StoreLocation, StoreOptions, open_objects,
 };
-use bulbil_testkit::{Fault, FaultRates, HttpFaultProxy, ProxyOptions, Rng, S3Server};
+use bulbil_testkit::{Fault, HttpFaultProxy, HttpFaultRates, ProxyOptions, Rng, S3Server};
 use bulbil_types::BLOCK_LEN;
 
 /// Rounds of the campaign, more where this variable says so.
@@ -52,7 +52,8 @@ impl ImportObserver for Nobody {
 }
 
 fn open(location: &StoreLocation, state: &Path, options: &RemoteOptions) -> Result<Store, StoreError> {
-    let options_of_store = StoreOptions { state_directory: state.to_owned(), owner: OwnerId::default() };
+    let options_of_store =
+        StoreOptions { state_directory: state.to_owned(), owner: OwnerId::default(), ..StoreOptions::default() };
     Store::open(open_objects(location, options)?, options_of_store)
 }
 
@@ -99,7 +100,7 @@ fn an_import_into_a_bucket_reads_back_and_is_shared() {
 fn check_round(seed: u64) {
     let server = S3Server::start();
     let state = tempfile::tempdir().unwrap();
-    let faults = FaultRates::all(seed, 60).and(Fault::Silent, 10).and(Fault::Corrupt(0), 30);
+    let faults = HttpFaultRates::all(seed, 60).and(Fault::Silent, 10).and(Fault::Corrupt(0), 30);
     let proxy = HttpFaultProxy::start(server.address(), ProxyOptions { faults, ..ProxyOptions::default() });
     // Few attempts, so that operations fail at times.
     let options = RemoteOptions {

@@ -20,7 +20,11 @@ struct Fixture {
 
 fn open_as(objects: &MemoryObjects, state: &tempfile::TempDir, owner: &str) -> Result<Store, StoreError> {
     let name = format!("{:016x}", Rng::new(state.path().as_os_str().len() as u64).next_u64());
-    let options = StoreOptions { state_directory: state.path().join(name + owner), owner: owner.parse().unwrap() };
+    let options = StoreOptions {
+        state_directory: state.path().join(name + owner),
+        owner: owner.parse().unwrap(),
+        ..StoreOptions::default()
+    };
     Store::open(Arc::new(objects.clone()), options)
 }
 
@@ -101,7 +105,7 @@ fn damages(report: &ScrubReport) -> usize {
 
 fn named(report: &ScrubReport) -> Vec<Digest> {
     let packs = report.damaged_packs.iter().flat_map(|damage| damage.contents.iter().map(|hit| hit.digest));
-    packs.chain(report.damaged_manifests.iter().map(|damage| damage.digest)).collect()
+    packs.chain(report.damaged_manifests.iter().filter_map(|damage| damage.digest)).collect()
 }
 
 #[test]

@@ -21,7 +21,7 @@ mod schedule;
 mod scripted;
 
 pub use disk::MemoryDisk;
-pub use http_proxy::{Fault, FaultRates as HttpFaultRates, HttpFaultProxy, LoggedRequest, Passed, ProxyOptions};
+pub use http_proxy::{Fault, HttpFaultProxy, HttpFaultRates, LoggedRequest, Passed, ProxyOptions};
 pub use objects::{FaultRates, FaultyObjects, ManualClock, MemoryObjects};
 pub use objects_conformance::objects_conformance;
 pub use oracle::{DiskOracle, tagged};

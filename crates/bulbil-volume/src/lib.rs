@@ -17,6 +17,8 @@
 //! | `stack` | reads through the layers of a volume |
 //! | `map` | two bits per block, in pages (pure) |
 //! | `overlay` | order of data, map and syncs |
+//! | `base`, `cache` | reads an image through frames that were verified once |
+//! | `encrypted` | the same files with their content encrypted |
 //! | `base`, `image` | reads an image through frames that were verified once |
 //! | `cache`, `cache_file`, `cache_upkeep` | the cache's files, their bound |
 //! | `cache_heal` | damaged frames of the store are healed from the cache |
@@ -35,6 +37,7 @@ mod cache_heal;
 mod cache_upkeep;
 mod device;
 mod directory;
+mod encrypted;
 mod error;
 mod fetch;
 mod fetch_ahead;
@@ -57,6 +60,7 @@ mod warm;
 pub use cache::{BaseCache, CacheOptions};
 pub use cache_heal::CacheHealer;
 pub use device::{BlockDevice, BlockError, BlockErrorKind, ExtentKind, StatusExtent};
+pub use encrypted::open_for_store;
 pub use error::{VolumeError, VolumeErrorKind};
 pub use read_stats::ReadStats;
 pub use record::VolumeRecord;

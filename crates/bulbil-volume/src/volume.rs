@@ -12,6 +12,7 @@ use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, VolumeId};
 use crate::base::Base;
 use crate::cache::BaseCache;
 use crate::device::{BlockDevice, BlockError, BlockErrorKind, StatusExtent};
+use crate::encrypted::open_for_store;
 use crate::error::{VolumeError, VolumeErrorKind};
 use crate::map::BlockState;
 use crate::overlay::Overlay;
@@ -93,7 +94,7 @@ impl VolumeDirectory {
         let directory = self.volume_path(id);
         let lock = lock_volume(&directory, id)?;
         let record = self.record(id)?;
-        let storage = Arc::new(HostDirectory::new(&directory));
+        let storage = open_for_store(Arc::new(HostDirectory::new(&directory)), store)?;
         let volume = Volume::open(record, storage, store, cache)?;
         volume.start_prefetch();
         volume.start_recording();

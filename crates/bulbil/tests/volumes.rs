@@ -83,6 +83,15 @@ impl Running {
         serde_json::from_str(&text).unwrap()
     }
 
+    /// Waits until it has told something.
+    fn wait_for_note(&mut self, says: &str) {
+        let mut stderr = BufReader::new(self.child.as_mut().unwrap().stderr.as_mut().unwrap());
+        let mut told = String::new();
+        while !told.contains(says) {
+            assert_ne!(stderr.read_line(&mut told).unwrap(), 0, "no `{says}` in {told}");
+        }
+    }
+
     fn pid(&self) -> u32 {
         self.child.as_ref().unwrap().id()
     }
@@ -359,7 +368,7 @@ fn a_mounted_volume_is_a_file_until_it_is_unmounted() {
     home.ok(&["volume", "create", "data", "--image", "small"]);
     let directory = home.text_path("disk");
     std::fs::create_dir(&directory).unwrap();
-    let mounted = Running::start(&home, &["volume", "mount", "data", &directory]);
+    let mut mounted = Running::start(&home, &["volume", "mount", "data", &directory]);
     assert_eq!(mounted.first_line, format!("{directory}/disk.raw"));
     home.ok(&["shutdown"]);
     let file = std::fs::File::options().read(true).write(true).open(&mounted.first_line).unwrap();
@@ -368,6 +377,7 @@ fn a_mounted_volume_is_a_file_until_it_is_unmounted() {
     home.run(&["volume", "rm", "data"]).refused(1, &["is in use by another process"]);
     // Busy: the first signal does not take it away.
     mounted.signal(Signal::INT);
+    mounted.wait_for_note("is in use");
     let pid = mounted.pid();
     assert!(file.write_at(&[0xbb; 10], 100).is_ok());
     drop(file);

@@ -18,10 +18,10 @@ pub use report::{GcReport, LeaseReport, PackFate, PackReport};
 use self::list::CondemnedList;
 use self::plan::{Decided, LeaseView, Situation, Verdict};
 use crate::attachment::AttachmentKind;
-use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::lease::{self, FoundLease};
 use crate::pack::PackId;
+use crate::published::ContentName;
 use crate::scrub::quarantine;
 use crate::store::Store;
 
@@ -150,7 +150,7 @@ impl Store {
             self.objects.delete(&name)?;
         }
         if live_leases.is_empty() {
-            report.deleted_attachments = self.delete_orphans(&attachments, &marks.digests)?;
+            report.deleted_attachments = self.delete_orphans(&attachments, &marks.contents)?;
         }
         self.forget_quarantine(&packs)?;
         Ok(report)
@@ -179,10 +179,10 @@ impl Store {
     /// Deletes attachments of contents that have no manifest.
     ///
     /// They were listed before the leases: who had put one has published its manifest by now, or has a lease.
-    fn delete_orphans(&self, listed: &[(String, u64)], digests: &HashSet<Digest>) -> Result<u64, StoreError> {
+    fn delete_orphans(&self, listed: &[(String, u64)], contents: &HashSet<ContentName>) -> Result<u64, StoreError> {
         let mut deleted = 0;
         for (name, _) in listed {
-            if AttachmentKind::digest_of(name).is_some_and(|digest| !digests.contains(&digest)) {
+            if AttachmentKind::content_of(name).is_some_and(|content| !contents.contains(&content)) {
                 self.objects.delete(name)?;
                 deleted += 1;
             }

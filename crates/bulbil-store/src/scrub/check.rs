@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{StoreError, StoreErrorKind};
-use crate::frame;
-use crate::pack::{self, Footer, FrameRecord, MAX_PACK_BYTES, PackId};
+use crate::pack::{self, Footer, MAX_PACK_BYTES, PackId};
 use crate::pack_rebuild;
 use crate::store::Store;
 
@@ -63,20 +62,20 @@ impl Store {
                 if let Err(reason) = pack::check_unread_bytes(id, bytes) {
                     finding.reason = Some(reason.to_owned());
                 }
-                pack::parse_footer(id, bytes, bytes.len() as u64).map(Arc::new)
+                pack::parse_footer(id, bytes, bytes.len() as u64, self.pack_keys()).map(Arc::new)
             }
             None => self.footer(id, len_bytes),
         };
         finding.footer = match footer {
             Ok(footer) => Some(footer),
-            Err(e) if e.kind() == StoreErrorKind::Timeout => return Err(e),
+            // A key that is not there is no damage.
+            Err(e) if matches!(e.kind(), StoreErrorKind::Timeout | StoreErrorKind::Key) => return Err(e),
             Err(e) => {
                 finding.reason = Some(e.to_string());
                 finding.footer_damaged = true;
-                bytes
-                    .as_ref()
-                    .and_then(|bytes| pack_rebuild::rebuild(id, bytes, |block| self.block_hash(block)))
-                    .map(Arc::new)
+                // Where an encrypted frame ends only the footer tells.
+                let plain = bytes.as_ref().filter(|_| !self.is_encrypted());
+                plain.and_then(|bytes| pack_rebuild::rebuild(id, bytes, |block| self.block_hash(block))).map(Arc::new)
             }
         };
         if let Some(footer) = finding.footer.clone().filter(|_| !finding.footer_damaged) {
@@ -90,7 +89,7 @@ impl Store {
         for (record, number) in footer.frames.iter().zip(0_u32..) {
             let hashes = &footer.blocks[first_block..first_block + usize::from(record.blocks)];
             first_block += usize::from(record.blocks);
-            match self.plain_of(finding.id, record, bytes) {
+            match self.plain_of(finding.id, footer, number, bytes) {
                 Ok(plain) => {
                     let same = plain.chunks_exact(bulbil_types::BLOCK_LEN).zip(hashes);
                     if same.clone().all(|(block, hash)| self.block_hash(block) == *hash) {
@@ -110,9 +109,11 @@ impl Store {
     pub(super) fn plain_of(
         &self,
         id: PackId,
-        record: &FrameRecord,
+        footer: &Footer,
+        number: u32,
         bytes: Option<&[u8]>,
     ) -> Result<Vec<u8>, StoreError> {
+        let record = footer.frames.get(number as usize).ok_or_else(|| StoreError::outside_frame(id))?;
         let len = record.stored_bytes as usize;
         let stored = match bytes {
             Some(bytes) => {
@@ -122,6 +123,6 @@ impl Store {
             }
             None => self.objects.get_range(&id.object_name(), record.offset, len)?,
         };
-        frame::decode(&stored, record.codec, record.blocks, &record.hash)
+        footer.decode_frame(number, &stored)
     }
 }

@@ -72,7 +72,7 @@ impl FrameSource for HealedFrames<'_> {
     fn frame(&self, moving: &Moving, frame: u32, wanted: &[u32]) -> Result<Vec<u8>, StoreError> {
         let id = moving.pack.id;
         let record = moving.footer.frames.get(frame as usize).ok_or_else(|| StoreError::outside_frame(id))?;
-        let error = match self.store.plain_of(id, record, None) {
+        let error = match self.store.plain_of(id, &moving.footer, frame, None) {
             Ok(plain) => return Ok(plain),
             Err(e) if e.kind() == StoreErrorKind::Timeout => return Err(e),
             Err(e) => {
@@ -148,13 +148,13 @@ impl Store {
     fn uses_of(&self, moving: &[Moving]) -> Result<(Uses, HashMap<PackId, [u8; 32]>), StoreError> {
         let mut uses: Uses = moving.iter().map(|moving| (moving.pack.id, HashMap::new())).collect();
         let mut named = HashMap::new();
-        self.mark(&mut |published, manifest| {
+        self.mark(&mut |_, manifest| {
             for extent in manifest.extents() {
                 let pack = manifest.packs()[extent.pack as usize];
                 let Some(uses) = uses.get_mut(&pack.id) else { continue };
                 named.insert(pack.id, pack.footer_digest);
                 for offset in 0..extent.blocks {
-                    let place = (published.digest, extent.first_block + u64::from(offset));
+                    let place = (manifest.digest(), extent.first_block + u64::from(offset));
                     uses.entry(extent.block_in_pack + offset).or_insert(place);
                 }
             }
@@ -201,30 +201,38 @@ impl Store {
         report: &mut ScrubReport,
     ) -> Result<(), StoreError> {
         for (damage, (published, _)) in report.damaged_manifests.iter_mut().zip(&marks.damaged) {
-            let manifest = match self.sound_manifest(&published.digest)? {
+            let manifest = match self.sound_manifest(published)? {
                 Some(manifest) => Some(manifest),
                 None => {
-                    let disk = healers.iter().find_map(|healer| healer.disk(&published.digest));
+                    let digest = self.known_digest(published.content);
+                    let disk = digest.and_then(|digest| healers.iter().find_map(|healer| healer.disk(&digest)));
                     disk.map(|disk| self.import_new_edition(&*disk, &Silent)).transpose()?
                 }
             };
-            let Some(manifest) = manifest.filter(|m| m.digest() == published.digest) else { continue };
-            // An import that meets a damaged manifest of its owner replaces it.
-            if matches!(self.stored_manifest(published)?, Stored::Gone) {
-                damage.healed = true;
-                continue;
-            }
-            if self.put_again(published, &manifest)? {
-                self.objects.delete(&published.object_name())?;
-                damage.healed = true;
-            }
+            let Some(manifest) = manifest.filter(|m| self.content_name(&m.digest()) == published.content) else { continue };
+            damage.healed = self.counts_again(published)? || self.put_again(published, &manifest)?;
         }
         Ok(())
     }
 
+    /// Whether a newer edition is in a damaged one's place: collections then delete it.
+    fn counts_again(&self, damaged: &Published) -> Result<bool, StoreError> {
+        let owner = damaged.owner.unwrap_or(self.owner);
+        for published in self.published_as(damaged.content)? {
+            let newer = damaged.owner.is_none() || published.edition > damaged.edition;
+            if published.owner == Some(owner)
+                && newer
+                && matches!(self.stored_manifest(&published)?, Stored::Manifest(_))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// A manifest of a content, of any owner, that can be read.
-    fn sound_manifest(&self, digest: &Digest) -> Result<Option<Manifest>, StoreError> {
-        for published in self.published(digest)? {
+    fn sound_manifest(&self, damaged: &Published) -> Result<Option<Manifest>, StoreError> {
+        for published in self.published_as(damaged.content)? {
             if let Stored::Manifest(manifest) = self.stored_manifest(&published)? {
                 return Ok(Some(manifest));
             }
@@ -255,6 +263,7 @@ impl Store {
         }
         let edition = self.next_edition_of(published)?;
         lease.announce(vec![edition.object_name()])?;
-        self.put_announced(&mut lease, &edition.object_name(), &manifest.encode()?)
+        let name = edition.object_name();
+        self.put_announced(&mut lease, &name, &self.encode_manifest(manifest, &name)?)
     }
 }

@@ -119,8 +119,8 @@ pub struct ContentHit {
 /// A manifest that cannot be read.
 #[derive(Debug, Clone, Serialize)]
 pub struct ManifestDamage {
-    /// The content.
-    pub digest: Digest,
+    /// The content; `None` in an encrypted store where nothing else tells what it is.
+    pub digest: Option<Digest>,
     /// Who has it; `None` in stores made before owners were told apart.
     pub owner: Option<OwnerId>,
     /// The object.
@@ -203,7 +203,7 @@ impl Store {
         let stored: HashMap<_, _> = self.list_packs()?.into_iter().collect();
         let mut damages: HashMap<PackId, PackDamage> =
             findings.values().filter(|f| f.is_damaged()).map(|f| (f.id, damage_of(f))).collect();
-        let mut missing: Vec<(Published, PackRef, u64)> = Vec::new();
+        let mut missing: Vec<(Published, Digest, PackRef, u64)> = Vec::new();
         let mut manifests = 0;
         let marks = self.mark(&mut |published, manifest| {
             manifests += 1;
@@ -219,23 +219,23 @@ impl Store {
                     let frames = (!damage.frames.is_empty()).then_some(&damage.frames);
                     let blocks = blocks_hit(manifest, number, frames);
                     if blocks > 0 {
-                        let hit = ContentHit { digest: published.digest, owner: published.owner, blocks };
+                        let hit = ContentHit { digest: manifest.digest(), owner: published.owner, blocks };
                         damage.contents.push(hit);
                     }
                 } else if stored.get(&pack.id) != Some(&pack.len_bytes) {
-                    missing.push((published.clone(), *pack, blocks_hit(manifest, number, None)));
+                    missing.push((published.clone(), manifest.digest(), *pack, blocks_hit(manifest, number, None)));
                 }
             }
         })?;
         // A pack that was put after the list was read is not missing, nor is one whose manifest has gone.
-        for (published, pack, blocks) in missing {
+        for (published, digest, pack, blocks) in missing {
             let Some(reason) = self.is_missing(&published, &pack)? else { continue };
             let damage = damages.entry(pack.id).or_insert_with(|| PackDamage { reason, ..new_damage(pack.id) });
-            damage.contents.push(ContentHit { digest: published.digest, owner: published.owner, blocks });
+            damage.contents.push(ContentHit { digest, owner: published.owner, blocks });
         }
         report.manifests = manifests + marks.damaged.len() as u64;
         report.damaged_manifests =
-            marks.damaged.iter().map(|(published, error)| manifest_damage(published, error)).collect();
+            marks.damaged.iter().map(|(published, error)| self.manifest_damage(published, error)).collect();
         report.damaged_packs = damages.into_values().collect();
         report.damaged_packs.sort_by_key(|damage| damage.id);
         Ok(marks)
@@ -253,15 +253,21 @@ impl Store {
         }
     }
 
+    fn manifest_damage(&self, published: &Published, error: &StoreError) -> ManifestDamage {
+        let (owner, object) = (published.owner, published.object_name());
+        let digest = self.known_digest(published.content);
+        ManifestDamage { digest, owner, object, reason: error.to_string(), healed: false }
+    }
+
     fn check_attachments(&self, heal: bool, report: &mut ScrubReport) -> Result<(), StoreError> {
         for (object, _) in self.objects.list("attachments")? {
-            let Some((kind, digest)) = AttachmentKind::parse(&object) else { continue };
-            match self.attachment(&digest, kind) {
+            let Some((_, content)) = AttachmentKind::parse(&object) else { continue };
+            match self.read_attachment(&object) {
                 Err(e) if e.kind() == StoreErrorKind::Corrupt => {
                     if heal {
                         self.objects.delete(&object)?;
                     }
-                    let (reason, content) = (e.to_string(), Some(digest));
+                    let (reason, content) = (e.to_string(), self.known_digest(content));
                     report.damaged_objects.push(ObjectDamage { object, reason, content, healed: heal });
                 }
                 Err(e) if e.kind() == StoreErrorKind::NotFound => {}
@@ -327,11 +333,6 @@ fn damage_of(finding: &Finding) -> PackDamage {
     // When the pack as a whole is in doubt, so is everything in it.
     let frames = if finding.reason.is_none() { finding.frames.clone() } else { Vec::new() };
     PackDamage { reason, frames, ..new_damage(finding.id) }
-}
-
-fn manifest_damage(published: &Published, error: &StoreError) -> ManifestDamage {
-    let (digest, owner, object) = (published.digest, published.owner, published.object_name());
-    ManifestDamage { digest, owner, object, reason: error.to_string(), healed: false }
 }
 
 /// Blocks of a disk that lie in these frames of a pack, or anywhere in it.

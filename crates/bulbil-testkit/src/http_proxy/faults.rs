@@ -28,14 +28,14 @@ pub enum Fault {
 
 /// What happens by chance.
 #[derive(Debug, Clone, Default)]
-pub struct FaultRates {
+pub struct HttpFaultRates {
     /// Decides together with the order of requests.
     pub seed: u64,
     /// Of a thousand requests, so many have this done to them. The offset of a `Corrupt` is drawn anew.
     pub per_thousand: Vec<(Fault, u32)>,
 }
 
-impl FaultRates {
+impl HttpFaultRates {
     /// Everything but `Corrupt` and `Silent`, each to so many requests of a thousand.
     #[must_use]
     pub fn all(seed: u64, per_thousand: u32) -> Self {
@@ -69,17 +69,17 @@ pub(super) struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self::new(&FaultRates::default())
+        Self::new(&HttpFaultRates::default())
     }
 }
 
 impl Plan {
-    pub(super) fn new(rates: &FaultRates) -> Self {
+    pub(super) fn new(rates: &HttpFaultRates) -> Self {
         let rng = Rng::new(rates.seed);
         Self { told: VecDeque::new(), rates: rates.per_thousand.clone(), rng, done: 0 }
     }
 
-    pub(super) fn set_rates(&mut self, rates: &FaultRates) {
+    pub(super) fn set_rates(&mut self, rates: &HttpFaultRates) {
         self.rates.clone_from(&rates.per_thousand);
         self.rng = Rng::new(rates.seed);
     }

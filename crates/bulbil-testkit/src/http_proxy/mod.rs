@@ -26,7 +26,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use self::body::{Bandwidth, Outgoing, ResponseFault, cut};
 use self::faults::Plan;
-pub use self::faults::{Fault, FaultRates};
+pub use self::faults::{Fault, HttpFaultRates};
 
 /// How slow the way through the proxy is.
 #[derive(Debug, Clone, Default)]
@@ -36,7 +36,7 @@ pub struct ProxyOptions {
     /// Bytes of bodies each second, all connections and both directions together.
     pub bytes_per_s: Option<u64>,
     /// What goes wrong by chance.
-    pub faults: FaultRates,
+    pub faults: HttpFaultRates,
     /// Whether each request is kept for [`HttpFaultProxy::take_log`].
     pub log: bool,
 }

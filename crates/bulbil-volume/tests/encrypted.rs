@@ -1,0 +1,291 @@
+//! Overlays of an encrypted store: what the host sees, and crashes.
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bulbil_store::{DirObjects, Manifest, OwnerId, Store, StoreKey, StoreOptions};
+use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
+use bulbil_types::VolumeId;
+use bulbil_volume::{
+    BaseCache, BlockDevice as _, HostDirectory, StorageDirectory, Volume, VolumeDirectory, VolumeErrorKind,
+    open_for_store,
+};
+
+const SECTORS: u64 = 96 * 8;
+
+fn open_store(directory: &Path, key: u8) -> Arc<Store> {
+    let options = StoreOptions::new(&directory.join("index"), OwnerId::default());
+    let options = options.with_key(StoreKey::from_bytes([key; 32])).encrypt_new();
+    Arc::new(Store::open(Arc::new(DirObjects::open(directory).unwrap()), options).unwrap())
+}
+
+/// An image of tagged sectors, half of it zero, in an encrypted store of its own.
+struct Image {
+    store: Arc<Store>,
+    cache: Arc<BaseCache>,
+    manifest: Manifest,
+    content: Vec<u8>,
+}
+
+impl Image {
+    fn make(directory: &Path) -> Self {
+        Self::make_in(directory, open_store(&directory.join("store"), 1))
+    }
+
+    fn make_in(directory: &Path, store: Arc<Store>) -> Self {
+        let mut content = Vec::new();
+        for block in 0..SECTORS / 8 {
+            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
+        }
+        let disk = MemoryDisk(content.clone());
+        let report = store.import(&disk, &disk).unwrap();
+        let manifest = store.manifest(&report.digest).unwrap();
+        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
+        Self { store, cache, manifest, content }
+    }
+
+    fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
+        let size_bytes = self.content.len() as u64;
+        let directory = open_for_store(directory, &self.store).unwrap();
+        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
+    }
+}
+
+fn read_all(volume: &Volume) -> Vec<u8> {
+    let mut content = vec![0; volume.size_bytes() as usize];
+    volume.read_at(&mut content, 0).unwrap();
+    content
+}
+
+/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
+fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
+    let first = rng.below(SECTORS);
+    let longest = if rng.one_in(4) { 80 } else { 12 };
+    let sectors = (1 + rng.below(longest)).min(SECTORS - first);
+    let (offset, len_bytes) = (first * 512, sectors * 512);
+    let fua = rng.one_in(8);
+    let done = match rng.below(10) {
+        0..=6 => {
+            oracle.write(first, sectors, tag);
+            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
+        }
+        7 => {
+            oracle.write(first, sectors, 0);
+            volume.write_zeroes(offset, len_bytes, fua)
+        }
+        _ => {
+            let flushed = volume.flush().is_ok();
+            if flushed {
+                oracle.flushed();
+            }
+            return flushed;
+        }
+    };
+    if done.is_ok() && fua {
+        oracle.flushed();
+    }
+    done.is_ok()
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_of_an_encrypted_overlay_at_1000_crashes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Image::make(dir.path());
+    let (mut crashes, mut tag) = (0, 1 << 32);
+    for seed in 0..100 {
+        let mut rng = Rng::new(seed);
+        let directory = PowerLossDirectory::default();
+        let mut oracle = DiskOracle::new(&image.content);
+        for _ in 0..10 {
+            let volume = image.volume(Arc::new(directory.clone()));
+            directory.set_fuse(rng.below(120));
+            loop {
+                tag += 1;
+                if !step(&volume, &mut oracle, &mut rng, tag) {
+                    break;
+                }
+                let mut content = vec![0; image.content.len()];
+                if rng.one_in(20) && volume.read_at(&mut content, 0).is_ok() {
+                    oracle.check_running(&content).unwrap_or_else(|e| panic!("seed {seed}, running: {e}"));
+                }
+            }
+            assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
+            if rng.one_in(3) {
+                directory.kill_process();
+            } else {
+                directory.lose_power(&mut rng);
+            }
+            crashes += 1;
+            let content = read_all(&image.volume(Arc::new(directory.clone())));
+            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
+        }
+    }
+    assert_eq!(crashes, 1000);
+}
+
+#[test]
+fn a_crash_while_the_key_of_an_overlay_is_made_does_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Image::make(dir.path());
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let directory = PowerLossDirectory::default();
+        directory.set_fuse(rng.below(4));
+        let opened = open_for_store(Arc::new(directory.clone()), &image.store);
+        directory.lose_power(&mut rng);
+        drop(opened);
+        let volume = image.volume(Arc::new(directory.clone()));
+        volume.write_at(&tagged(7, 3), 512, true).unwrap();
+        drop(volume);
+        directory.lose_power(&mut rng);
+        let content = read_all(&image.volume(Arc::new(directory.clone())));
+        assert!(content[512..4 * 512] == tagged(7, 3), "seed {seed}");
+    }
+}
+
+#[test]
+fn requests_of_any_alignment_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open_store(dir.path(), 1);
+    let files = open_for_store(Arc::new(PowerLossDirectory::default()), &store).unwrap();
+    let file = files.create("data.0").unwrap();
+    let mut expected = vec![0; 3 << 20];
+    let mut rng = Rng::new(3);
+    for _ in 0..400 {
+        let longest = if rng.one_in(10) { 2 << 20 } else { 10_000 };
+        let len = 1 + rng.below(longest) as usize;
+        let offset = rng.below((expected.len() - len) as u64);
+        let part = offset as usize..offset as usize + len;
+        match rng.below(3) {
+            0 => {
+                let bytes = rng.bytes(len);
+                file.write_at(&bytes[..len], offset).unwrap();
+                expected[part].copy_from_slice(&bytes[..len]);
+            }
+            1 => {
+                let (from, to) = (offset / 4096 * 4096, (offset + len as u64) / 4096 * 4096);
+                if from < to {
+                    file.punch_hole(from, to - from).unwrap();
+                    expected[from as usize..to as usize].fill(0);
+                }
+            }
+            _ => {
+                let mut read = vec![1; len];
+                file.read_at(&mut read, offset).unwrap();
+                assert!(read == expected[part], "{len} bytes at {offset}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sectors_of_one_block_written_at_the_same_time_do_not_lose_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open_store(&dir.path().join("store"), 1);
+    let host = dir.path().join("overlay");
+    std::fs::create_dir(&host).unwrap();
+    let files = open_for_store(Arc::new(HostDirectory::new(&host)), &store).unwrap();
+    let file = files.create("data.0").unwrap();
+    file.write_at(&[0xff; 8192], 0).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..4_u64)
+            .map(|sector| {
+                let file = &file;
+                scope.spawn(move || {
+                    // Every other sector, over the border of the two blocks.
+                    let offset = 2048 + sector * 1024;
+                    for round in 0..2000_u64 {
+                        let value = [(round % 251) as u8; 512];
+                        file.write_at(&value, offset).unwrap();
+                        let mut read = [0; 512];
+                        file.read_at(&mut read, offset).unwrap();
+                        assert!(read == value, "sector {sector}, round {round}");
+                    }
+                })
+            })
+            .collect();
+        let reader = scope.spawn(|| {
+            let mut read = [0; 2048];
+            while !stop.load(Ordering::Relaxed) {
+                file.read_at(&mut read, 0).unwrap();
+                assert!(read == [0xff; 2048], "what nobody writes stays");
+            }
+        });
+        let written: Vec<_> = writers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+        written.into_iter().for_each(Result::unwrap);
+    });
+    let mut read = [0; 8192];
+    file.read_at(&mut read, 0).unwrap();
+    for (sector, bytes) in read.chunks(512).enumerate() {
+        let written = (4..12).contains(&sector) && sector.is_multiple_of(2);
+        assert!(bytes.iter().all(|byte| *byte == if written { (1999 % 251) as u8 } else { 0xff }), "sector {sector}");
+    }
+}
+
+/// Every 16 bytes at a multiple of 16 that are in a file below the directory.
+fn host_bytes(directory: &Path) -> HashSet<Vec<u8>> {
+    let (mut found, mut todo) = (HashSet::new(), vec![directory.to_owned()]);
+    while let Some(directory) = todo.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                todo.push(path);
+            } else {
+                found.extend(std::fs::read(path).unwrap().chunks(16).map(<[u8]>::to_vec));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_host_sees_no_byte_that_a_guest_writes() {
+    let (plain, encrypted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stores = [
+        (plain.path(), Arc::new(Store::open_or_create(&plain.path().join("store")).unwrap()), true),
+        (encrypted.path(), open_store(&encrypted.path().join("store"), 1), false),
+    ];
+    for (path, store, visible) in stores {
+        let image = Image::make_in(path, store);
+        let volumes = VolumeDirectory::open(&path.join("volumes")).unwrap();
+        let id: VolumeId = "vol-0123456789abcdef0".parse().unwrap();
+        volumes.create(&id, image.content.len() as u64, Some(&image.manifest)).unwrap();
+        let secret = Rng::new(5).bytes(20_480);
+        let volume = volumes.open_volume(&id, &image.store, &image.cache).unwrap();
+        volume.write_at(&secret[..8192], 8192, false).unwrap();
+        volume.write_at(&secret[8192..], 512 * 77, true).unwrap();
+        drop(volume);
+        let volume = volumes.open_volume(&id, &image.store, &image.cache).unwrap();
+        let mut read = vec![0; 8192];
+        volume.read_at(&mut read, 8192).unwrap();
+        assert!(read == secret[..8192]);
+        let seen = host_bytes(&path.join("volumes"));
+        assert_eq!(secret.chunks(16).any(|part| seen.contains(part)), visible);
+    }
+}
+
+#[test]
+fn an_overlay_is_opened_with_its_own_store_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = [1, 2].map(|key| open_store(&dir.path().join(key.to_string()), key));
+    let plain = Store::open_or_create(&dir.path().join("plain")).unwrap();
+    let refused = |directory: &PowerLossDirectory, store: &Store| {
+        open_for_store(Arc::new(directory.clone()), store).unwrap_err().kind() == VolumeErrorKind::Corrupt
+    };
+    let encrypted = PowerLossDirectory::default();
+    drop(open_for_store(Arc::new(encrypted.clone()), &stores[0]).unwrap());
+    assert!(refused(&encrypted, &stores[1]) && refused(&encrypted, &plain));
+    drop(open_for_store(Arc::new(encrypted), &stores[0]).unwrap());
+
+    let unencrypted = PowerLossDirectory::default();
+    let files = open_for_store(Arc::new(unencrypted.clone()), &plain).unwrap();
+    Volume::without_base(1 << 20, files).unwrap().write_at(&[1; 4096], 0, true).unwrap();
+    assert!(refused(&unencrypted, &stores[0]));
+    drop(open_for_store(Arc::new(unencrypted), &plain).unwrap());
+}
