@@ -802,9 +802,13 @@ impl<'a> Import<'a> {
         self.packs = None;
         while self.packs_in_flight > 0 {
             match self.inbox.recv() {
-                Ok(Outcome::Pack { number, .. }) => {
+                Ok(Outcome::Pack { number, len_bytes, footer, put }) => {
                     self.packs_in_flight -= 1;
                     self.new_packs.push(self.known.index.packs()[number as usize].id);
+                    // It may stay, and is then to be found by the next import.
+                    if let Err(error) = put.and_then(|()| self.pack_is_durable(number, len_bytes, &footer)) {
+                        tracing::warn!(%error, "the blocks of a pack are not in the index");
+                    }
                 }
                 Ok(_) => {}
                 Err(_) => break,

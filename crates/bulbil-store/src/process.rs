@@ -38,15 +38,36 @@ fn namespace() -> Option<String> {
     Some(std::fs::read_link("/proc/self/ns/pid").ok()?.to_str()?.to_owned())
 }
 
+/// When a process began; `None` when it is gone.
 fn start_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; the start is the 20th field after it.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    // The name in parentheses may hold anything; the state follows, and the start is the 20th field after the name.
+    let fields = stat.rsplit_once(')')?.1;
+    let is_zombie = matches!(fields.split_whitespace().next(), Some("Z" | "X"));
+    // One that was killed is there until its parent asks; as long as it has other threads, these may be in a system call.
+    if is_zombie && std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1 {
+        return None;
+    }
+    fields.split_whitespace().nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_nobody_has_waited_for_has_ended() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId { pid: child.id(), started: start_of(child.id()).unwrap(), ..ProcessId::own().unwrap() };
+        assert!(!id.has_ended());
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !id.has_ended() {
+            assert!(std::time::Instant::now() < deadline, "a killed process counts as alive");
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+    }
 
     #[test]
     fn this_process_lives_and_others_are_told_by_number_and_start() {

@@ -26,7 +26,10 @@ fn fresh_seed() -> u64 {
 
 /// What the store takes beside its settings.
 fn store_bytes(home: &Home) -> Value {
-    let stats = home.json(&["store", "stats"]);
+    bytes_of(&home.json(&["store", "stats"]))
+}
+
+fn bytes_of(stats: &Value) -> Value {
     json!(["packs", "pack_bytes", "manifests", "manifest_bytes"].map(|field| stats[field].clone()))
 }
 
@@ -239,7 +242,7 @@ fn an_import_that_fills_the_disk_fails_whole_and_can_be_made_again() {
     );
     println!("{}", first.stderr);
     assert_eq!(ran(&home, "list").json(), json!([]));
-    assert_eq!(ran(&home, "stats").json(), empty_store());
+    assert_eq!(bytes_of(&ran(&home, "stats").json()), empty_store());
     let second = ran(&home, "second").json();
     assert_eq!(ran(&home, "list-after").json(), json!([second]));
     let elsewhere = home.json(&["image", "import", disk.as_str()]);
@@ -294,7 +297,7 @@ fn wherever_the_space_ends_an_import_is_there_as_a_whole_or_not_at_all() {
             import.refused(1, &[says, "hint: free some space"]);
             assert_eq!(list, json!([]), "{missing} KiB too little");
             let stats = ran(&home, &format!("stats{missing}")).json();
-            if stats != empty_store() {
+            if bytes_of(&stats) != empty_store() {
                 leftovers.push(format!("{missing} KiB too little: {stats}"));
             }
         }
