@@ -233,6 +233,9 @@ mod tests {
     #[test]
     fn the_format_of_encrypted_objects_never_changes() {
         let hash = blake3::hash(&sample()).to_hex();
-        assert_eq!((sample().len(), hash.as_str()), (116, "abd2e30389acf0eadce725be4404d48e11b22f23370b4a5b62a549b8813703c8"));
+        assert_eq!(
+            (sample().len(), hash.as_str()),
+            (116, "abd2e30389acf0eadce725be4404d48e11b22f23370b4a5b62a549b8813703c8")
+        );
     }
 }
