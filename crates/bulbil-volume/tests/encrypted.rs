@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use bulbil_store::{DirObjects, Manifest, OwnerId, Store, StoreKey, StoreOptions};
 use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
@@ -244,6 +245,13 @@ fn host_bytes(directory: &Path) -> HashSet<Vec<u8>> {
     found
 }
 
+/// Whether a file of the base cache has the first frame of its pack.
+fn has_marks(cache: &Path) -> bool {
+    let files = std::fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path());
+    let mut files = files.filter(|path| path.extension().is_some_and(|extension| extension == "frames"));
+    files.any(|path| std::fs::read(path).unwrap().get(4096) == Some(&1))
+}
+
 #[test]
 fn the_host_sees_no_byte_that_a_guest_writes() {
     let (plain, encrypted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -269,7 +277,12 @@ fn the_host_sees_no_byte_that_a_guest_writes() {
         drop(volume);
         let seen = host_bytes(&path.join("volumes"));
         assert_eq!(secret.chunks(16).any(|part| seen.contains(part)), visible);
-        // What was read of the image is in the base cache.
+        // What was read of the image is in the base cache, or soon will be.
+        let started = Instant::now();
+        while !has_marks(&path.join("cache")) {
+            assert!(started.elapsed() < Duration::from_secs(30), "no frame came into the cache");
+            std::thread::yield_now();
+        }
         let seen = host_bytes(&path.join("cache"));
         let content = image.content.chunks(16).filter(|part| part.iter().any(|byte| *byte != 0));
         assert_eq!(content.filter(|part| seen.contains(*part)).count() > 1000, visible);
