@@ -89,6 +89,7 @@ pub(crate) const PACKAGES: &[Package] = &[
     file("python3-libnbd", Need::Tests, PYTHON_NBD, "NBD requests one by one, with every flag"),
     program("nbdkit", Need::Tests, "nbdkit", "an NBD server that is not ours, to measure against"),
     program("fio", Need::Tests, "fio", "load for measurements"),
+    program("fuse3", Need::Run, "fusermount3", "`bulbil volume mount` and `image mount` without root"),
     program("xorriso", Need::Tests, "xorriso", "reads our seed disks"),
     program("python3", Need::Tests, "python3", "small servers and clients in tests"),
 ];

@@ -4,26 +4,29 @@
 //! bench_volume create DATA_DIR DIGEST SIZE_BYTES             make a volume, print its id
 //! bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N     make N and print the microseconds of each
 //! bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N        open N, print the bytes of memory of each
-//! bench_volume serve DATA_DIR VOLUME SOCKET                  serve one over NBD until standard input is closed
+//! bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]
 //! ```
+//! `serve` goes on until standard input is closed. The line `snapshot` takes a snapshot meanwhile, `stats` prints what
+//! reads of the image have cost.
 //! A volume is made and opened as a launch does it: from the image's manifest, durable.
 
 use std::error::Error;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bulbil_control::{DataDir, StoreChoice, open_cache, open_store};
 use bulbil_export::nbd::{Export, NbdServer};
-use bulbil_store::{Digest, Store};
+use bulbil_export::vhost_user::{Options, VhostUserServer};
+use bulbil_store::{Digest, ImportObserver, Store};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BlockDevice as _, VolumeDirectory};
+use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
        bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N
-       bench_volume serve DATA_DIR VOLUME SOCKET";
+       bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -45,7 +48,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             let each = Volumes::open(data)?.open_many(&digest.parse()?, size_bytes.parse()?, count.parse()?)?;
             writeln!(io::stdout(), "{each}")?;
         }
-        ["serve", data, volume, socket] => Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket))?,
+        ["serve", data, volume, socket] | ["serve", data, volume, socket, "--nbd"] => {
+            Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket), false)?;
+        }
+        ["serve", data, volume, socket, "--vhost-user"] => {
+            Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket), true)?;
+        }
         _ => return Err(USAGE.into()),
     }
     Ok(())
@@ -90,15 +98,39 @@ impl Volumes {
         Ok(own_memory_bytes()?.saturating_sub(before) / count.max(1))
     }
 
-    fn serve(&self, id: &VolumeId, socket: &Path) -> Result<(), Box<dyn Error>> {
+    fn serve(&self, id: &VolumeId, socket: &Path, vhost_user: bool) -> Result<(), Box<dyn Error>> {
         let cache = Arc::new(open_cache(&self.data)?);
-        let device = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
-        let export = Export { name: String::new(), description: id.to_string(), device };
-        let server = NbdServer::bind(socket)?.export(export)?.spawn()?;
-        io::stdin().read_to_end(&mut Vec::new())?;
-        server.shutdown();
+        let volume = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
+        if vhost_user {
+            let server = VhostUserServer::bind(socket, Arc::clone(&volume) as _, Options::default())?.spawn()?;
+            obey(&volume)?;
+            server.shutdown();
+        } else {
+            let export = Export { name: String::new(), description: id.to_string(), device: Arc::clone(&volume) as _ };
+            let server = NbdServer::bind(socket)?.export(export)?.spawn()?;
+            obey(&volume)?;
+            server.shutdown();
+        }
         Ok(())
     }
+}
+
+/// Does what standard input says, line by line, until it is closed.
+fn obey(volume: &Volume) -> Result<(), Box<dyn Error>> {
+    for line in io::stdin().lock().lines() {
+        match line?.trim() {
+            "snapshot" => writeln!(io::stderr(), "{}", volume.snapshot(&Silent)?.digest)?,
+            "stats" => writeln!(io::stdout(), "{:?}", volume.read_stats())?,
+            other => return Err(format!("`{other}` is no command: there are snapshot and stats").into()),
+        }
+    }
+    Ok(())
+}
+
+struct Silent;
+
+impl ImportObserver for Silent {
+    fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
 }
 
 fn own_memory_bytes() -> Result<u64, Box<dyn Error>> {

@@ -113,7 +113,11 @@ fn a_sound_store_is_found_sound() {
     let fixture = Fixture::new(1);
     let report = scrub(&fixture.store());
     assert_eq!(damages(&report), 0, "{report:?}");
-    assert_eq!((report.packs, report.manifests, report.attachments), (fixture.packs().len() as u64 + 1, 3, 3));
+    assert_eq!(
+        (report.packs, report.manifests, report.attachments),
+        (fixture.packs().len() as u64 + 1, 3, 6),
+        "each content has leaves and a boot trace"
+    );
 }
 
 #[test]
