@@ -72,7 +72,7 @@ mod volume_ops;
 mod volume_use;
 mod volumes;
 
-pub use bulbil_export::{fuse, nbd};
+pub use bulbil_export::{fuse, nbd, vhost_user};
 pub use bulbil_format::{ConvertObserver, Format};
 pub use bulbil_store::StoredImage;
 pub use bulbil_vm::console::plain_text;

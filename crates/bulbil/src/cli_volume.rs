@@ -111,14 +111,18 @@ pub(crate) struct CreateArgs {
 #[command(after_help = "\
 Examples:
   bulbil volume serve data --nbd unix:/run/data.nbd
-  nbdinfo 'nbd+unix:///?socket=/run/data.nbd'")]
+  nbdinfo 'nbd+unix:///?socket=/run/data.nbd'
+  bulbil volume serve data --vhost-user /run/data.vhost")]
 pub(crate) struct ServeArgs {
     /// Name or id; of an instance that does not run, its root volume
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub(crate) volume: String,
     /// Serve it over NBD on this new socket
-    #[arg(long, value_name = "unix:PATH", required = true, value_hint = ValueHint::FilePath)]
-    pub(crate) nbd: UnixAddress,
+    #[arg(long, value_name = "unix:PATH", required_unless_present = "vhost_user", value_hint = ValueHint::FilePath)]
+    pub(crate) nbd: Option<UnixAddress>,
+    /// Serve it to a virtual machine as vhost-user-blk on this new socket
+    #[arg(long, value_name = "PATH", conflicts_with = "nbd", value_hint = ValueHint::FilePath)]
+    pub(crate) vhost_user: Option<PathBuf>,
     /// Refuse writes
     #[arg(long)]
     pub(crate) read_only: bool,

@@ -226,6 +226,7 @@ fn what_is_typed_wrong_is_refused_with_what_to_type() {
         (&["volume", "resize", "data", "512KiB"], 1, &["cannot have 512 KiB", "it has 1 MiB, only grows"]),
         (&["volume", "snapshot", "data", "--name", "before"], 1, &["a snapshot named `before` exists already"]),
         (&["volume", "serve", "data"], 2, &["--nbd"]),
+        (&["volume", "serve", "data", "--nbd", "unix:a", "--vhost-user", "b"], 2, &["--vhost-user"]),
         (&["volume", "serve", "data", "--nbd", "tcp:localhost:10809"], 2, &["unix:PATH"]),
         (&["volume", "serve", "data", "--nbd", "unix:small.raw"], 1, &["is not a socket", "choose another path"]),
         (&["volume", "rm", "date"], 1, &["there is no volume `date`"]),
@@ -317,6 +318,19 @@ fn a_served_volume_is_locked_and_its_socket_goes_with_the_command() {
     served.end().ok();
     assert!(!home.path("nbd").exists());
     assert_eq!(home.json(&["volume", "show", "data"])["state"], "available");
+}
+
+#[test]
+fn a_volume_is_served_to_a_machine_that_others_start() {
+    let home = home_with_image();
+    home.ok(&["volume", "create", "data", "--size", "8MiB"]);
+    let socket = home.text_path("vhost");
+    let served = Running::start(&home, &["volume", "serve", "data", "--vhost-user", &socket]);
+    assert_eq!(served.first_line, socket);
+    drop(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+    assert_eq!(home.json(&["volume", "show", "data"])["state"], "in-use");
+    served.end().ok();
+    assert!(!std::path::Path::new(&socket).exists());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use bulbil_export::nbd::ServerHandle;
 use bulbil_vm::Qmp;
 use bulbil_volume::Volume;
 use serde_json::json;
@@ -82,26 +83,39 @@ impl OpenDisk {
     async fn resize(&self, size_bytes: u64) -> Result<(), ControlError> {
         let _alone = self.resizing.lock().await;
         let (volume, server) = self.volume()?.clone();
-        let is_nbd = matches!(server, DiskServer::Nbd(_));
-        blocking(move || {
-            volume_ops::grow_open(&volume, size_bytes)?;
-            match server {
-                // A client learns the size of an NBD export when it connects; QEMU connects again by itself.
-                DiskServer::Nbd(server) => server
-                    .replace_device("", volume)
-                    .map_err(|e| ControlError::with_source(ErrorCode::Failed, "cannot serve the larger disk", &e)),
-                // The server hears it from the volume and tells the machine by itself.
-                DiskServer::VhostUser(_) => Ok(()),
+        let grown = Arc::clone(&volume);
+        blocking(move || volume_ops::grow_open(&grown, size_bytes)).await?;
+        // The volume is larger already, and durably so: without what follows the guest sees it when it starts again.
+        match server {
+            DiskServer::VhostUser(server) => {
+                if !server.notify_resize() {
+                    tracing::warn!("the machine is not connected, so it is not told the new size of its disk");
+                }
             }
-        })
-        .await?;
-        if is_nbd && let Some(qmp) = self.qmp.get() {
-            // The volume is larger already, and durably so: without this the guest sees it when it starts again.
-            if let Err(error) = tell_guest(qmp, size_bytes).await {
-                tracing::warn!(%error, "the guest does not see the new size of its disk");
+            DiskServer::Nbd(server) => {
+                if let Err(error) = self.resize_nbd(server, volume, size_bytes).await {
+                    tracing::warn!(%error, causes = ?error.causes(), "the guest does not see the new size of its disk");
+                }
             }
         }
         Ok(())
+    }
+
+    async fn resize_nbd(
+        &self,
+        server: Arc<ServerHandle>,
+        volume: Arc<Volume>,
+        size_bytes: u64,
+    ) -> Result<(), ControlError> {
+        let failed = |e: &(dyn std::error::Error + 'static)| {
+            ControlError::with_source(ErrorCode::Failed, "cannot serve the larger disk", e)
+        };
+        // A client learns the size of an NBD export when it connects; QEMU connects again by itself.
+        blocking(move || server.replace_device("", volume).map_err(|e| failed(&e))).await?;
+        match self.qmp.get() {
+            Some(qmp) => tell_guest(qmp, size_bytes).await.map_err(|e| failed(&e)),
+            None => Ok(()),
+        }
     }
 }
 

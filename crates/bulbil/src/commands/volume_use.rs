@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulbil_control::fuse::{FuseError, FuseMount, FuseOptions};
-use bulbil_control::nbd::{Export, NbdServer, ServeError};
+use bulbil_control::nbd::{Export, NbdServer, ServeError, ServerHandle as NbdHandle};
+use bulbil_control::vhost_user::{Options, VhostUserHandle, VhostUserServer};
 use bulbil_control::{ErrorCode, UsedDevice, VolumeState, use_content, use_volume};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -65,24 +66,51 @@ fn open_volume(context: &Context<'_>, view: &bulbil_control::VolumeView, read_on
     })
 }
 
+/// What serves a volume, until it is dropped.
+enum Server {
+    Nbd(NbdHandle),
+    VhostUser(VhostUserHandle),
+}
+
+impl Server {
+    fn shutdown(&self) {
+        match self {
+            Self::Nbd(server) => server.shutdown(),
+            Self::VhostUser(server) => server.shutdown(),
+        }
+    }
+}
+
 pub(crate) async fn serve(context: &Context<'_>, arguments: ServeArgs) -> CliResult<()> {
     let mut signals = EndSignals::new()?;
     let view = volume::find(context, &arguments.volume).await?;
-    let path = std::path::absolute(&arguments.nbd.0)
-        .map_err(|e| CliError::io(format!("cannot serve at `{}`", arguments.nbd.0.display()), &e))?;
+    let (typed, is_nbd) = match (&arguments.nbd, &arguments.vhost_user) {
+        (Some(address), _) => (&address.0, true),
+        (None, Some(path)) => (path, false),
+        (None, None) => return Err(CliError::usage("say how to serve it: --nbd unix:PATH or --vhost-user PATH")),
+    };
+    let path =
+        std::path::absolute(typed).map_err(|e| CliError::io(format!("cannot serve at `{}`", typed.display()), &e))?;
     let used = open_volume(context, &view, arguments.read_only)?;
-    let export = Export { name: String::new(), description: view.title(), device: Arc::clone(&used.device) };
-    let served = NbdServer::bind(&path).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
-    let server = served.map_err(|e| serve_error(&e))?;
-    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let server = if is_nbd {
+        let export = Export { name: String::new(), description: view.title(), device: Arc::clone(&used.device) };
+        let served = NbdServer::bind(&path).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
+        Server::Nbd(served.map_err(|e| serve_error(&e))?)
+    } else {
+        let options = Options { serial: view.record.id.to_string(), ..Options::default() };
+        let served = VhostUserServer::bind(&path, Arc::clone(&used.device), options);
+        Server::VhostUser(served.and_then(VhostUserServer::spawn).map_err(|e| serve_error(&e))?)
+    };
+    let uri = is_nbd.then(|| format!("nbd+unix:///?socket={}", path.display()));
+    let shown = uri.clone().unwrap_or_else(|| path.display().to_string());
     let offered = Offered {
         id: view.record.id.to_string(),
-        path: None,
-        uri: Some(uri.clone()),
+        path: Some(path),
+        uri,
         size_bytes: used.device.size_bytes(),
         read_only: used.device.is_read_only(),
     };
-    context.printer.result(&offered, || uri)?;
+    context.printer.result(&offered, || shown)?;
     context.printer.note(&format!("serving {} until Ctrl-C", view.title()));
     signals.next().await;
     server.shutdown();
