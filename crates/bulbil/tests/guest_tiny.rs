@@ -32,7 +32,7 @@ fn guest_file_is_imported_launched_reached_and_removed_in_one_go_each() {
     drop(stream);
     // What the boot has read is kept with the image, for the next ones.
     let traces = bulbil.data_dir().join("store/attachments/boot-trace");
-    wait_for("the boot trace", || std::fs::read_dir(&traces).ok()?.next());
+    wait_for("the boot trace", || std::fs::read_dir(&traces).ok()?.next()).unwrap();
     let log = bulbil.run(&["logs", "one", "-n", "5"]).ok();
     assert_eq!(log.lines().count(), 5);
 

@@ -35,6 +35,7 @@ const FOOTER_NONCE: u64 = u64::MAX;
 pub(crate) enum EncryptedKind {
     Manifest,
     Attachment,
+    Image,
 }
 
 impl EncryptedKind {
@@ -42,6 +43,7 @@ impl EncryptedKind {
         match self {
             Self::Manifest => b"BULBMANI",
             Self::Attachment => b"BULBATTA",
+            Self::Image => b"BULBIMAG",
         }
     }
 
@@ -49,6 +51,7 @@ impl EncryptedKind {
         match self {
             Self::Manifest => "manifest",
             Self::Attachment => "attachment",
+            Self::Image => "image record",
         }
     }
 }

@@ -209,7 +209,9 @@ impl Store {
                     disk.map(|disk| self.import_new_edition(&*disk, &Silent)).transpose()?
                 }
             };
-            let Some(manifest) = manifest.filter(|m| self.content_name(&m.digest()) == published.content) else { continue };
+            let Some(manifest) = manifest.filter(|m| self.content_name(&m.digest()) == published.content) else {
+                continue;
+            };
             damage.healed = self.counts_again(published)? || self.put_again(published, &manifest)?;
         }
         Ok(())
