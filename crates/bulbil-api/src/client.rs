@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use bulbil_control::{
-    ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord, ImportRequest,
-    InstanceView, LaunchRequest, OfferedImages, OtherStore, ScrubRequest, StoreStats,
+    AddedDataKey, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord,
+    ImportRequest, InstanceView, LaunchRequest, OfferedImages, OtherStore, RotateKeyRequest, ScrubRequest,
+    StoreKeySlot, StoreStats,
 };
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, StatusCode};
@@ -286,6 +287,30 @@ impl Client {
     /// As every call.
     pub async fn store_stats(&self) -> Result<StoreStats, ClientError> {
         self.call(Method::GET, "/v1/store").await
+    }
+
+    /// Lists the keys that open the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn store_keys(&self) -> Result<Vec<StoreKeySlot>, ClientError> {
+        self.call(Method::GET, "/v1/store/keys").await
+    }
+
+    /// Replaces the key of the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn rotate_store_key(&self, request: &RotateKeyRequest) -> Result<Vec<StoreKeySlot>, ClientError> {
+        self.ask("/v1/store/keys/rotate", request).await
+    }
+
+    /// Adds a data key to the store.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn add_data_key(&self) -> Result<AddedDataKey, ClientError> {
+        self.call(Method::POST, "/v1/store/data-keys").await
     }
 
     /// Frees what nothing uses in the store.

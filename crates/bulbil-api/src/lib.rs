@@ -28,6 +28,9 @@
 //! | `GET`, `DELETE /v1/snapshots/{snapshot}` | shows; removes |
 //! | `GET /v1/store` | what the store takes |
 //! | `GET /v1/store` | what the store holds and what each image costs |
+//! | `GET /v1/store/keys` | lists the keys that open the store |
+//! | `POST /v1/store/keys/rotate` | replaces the key of this host |
+//! | `POST /v1/store/data-keys` | adds a data key |
 //! | `POST /v1/store/gc` | frees what nothing uses (stream) |
 //! | `POST /v1/store/scrub` | reads everything again, names and heals damage (stream) |
 //! | `POST /v1/shutdown` | ends the daemon; instances go on |

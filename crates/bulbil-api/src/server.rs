@@ -12,8 +12,9 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bulbil_control::{
-    Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest, ImageRecord,
-    ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore, ScrubRequest, StoreStats,
+    AddedDataKey, Control, ControlError, CopyFromRequest, CopyToRequest, ErrorCode, ExportRequest, GcRequest,
+    ImageRecord, ImportRequest, InstanceState, InstanceView, LaunchRequest, OfferedImages, OtherStore,
+    RotateKeyRequest, ScrubRequest, StoreKeySlot, StoreStats,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -60,6 +61,9 @@ pub async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Noti
         .route("/v1/instances/{instance}/stop", post(stop_instance))
         .route("/v1/store", get(store_stats))
         .route("/v1/store/gc", post(collect_garbage))
+        .route("/v1/store/keys", get(store_keys))
+        .route("/v1/store/keys/rotate", post(rotate_store_key))
+        .route("/v1/store/data-keys", post(add_data_key))
         .route("/v1/store/scrub", post(scrub))
         .route("/v1/shutdown", post(shutdown))
         .merge(volumes::routes())
@@ -317,6 +321,18 @@ async fn remove_instance(
 
 async fn store_stats(State(api): State<Api>) -> Answer<StoreStats> {
     Ok(Json(api.control.store_stats().await?))
+}
+
+async fn store_keys(State(api): State<Api>) -> Answer<Vec<StoreKeySlot>> {
+    Ok(Json(api.control.store_keys().await?))
+}
+
+async fn rotate_store_key(State(api): State<Api>, Json(request): Json<RotateKeyRequest>) -> Answer<Vec<StoreKeySlot>> {
+    Ok(Json(to_its_end(async move { api.control.rotate_store_key(request).await }).await?))
+}
+
+async fn add_data_key(State(api): State<Api>) -> Answer<AddedDataKey> {
+    Ok(Json(to_its_end(async move { api.control.add_data_key().await }).await?))
 }
 
 async fn collect_garbage(State(api): State<Api>, Json(request): Json<GcRequest>) -> Response {

@@ -18,6 +18,7 @@
 //! | `store_ops` | how a store is opened |
 //! | `store_stats` | what it holds and what each image costs |
 //! | `store_scrub` | reads it again, names whom damage hits, heals |
+//! | `store_keys` | the keys of an encrypted one |
 //! | `store_gc` | frees what nothing uses |
 //! | `store_check` | what `doctor` tells of it |
 //! | `cache_settings` | how large the base cache may become |
@@ -63,6 +64,7 @@ pub mod shim;
 mod store_binding;
 mod store_check;
 mod store_gc;
+mod store_keys;
 mod store_ops;
 mod store_scrub;
 mod store_stats;
@@ -95,6 +97,7 @@ pub use new_file::FileSize;
 pub use reader::{Attempt, SelfTest, run_image_reader, run_self_test};
 pub use store_binding::{StoreBinding, StoreChoice, open_store};
 pub use store_gc::{GcFate, GcPack, GcReport, GcRequest};
+pub use store_keys::{AddedDataKey, RotateKeyRequest, StoreKeySlot, write_new_key_file};
 pub use store_ops::{KeySource, StoreLocation, open_cache, parse_key_source, parse_location};
 pub use store_scrub::{Damage, DamageKind, DamagedVolume, ScrubProgress, ScrubReport, ScrubRequest};
 pub use store_stats::{ContentStats, StoreStats};

@@ -4,7 +4,8 @@
 use std::ops::Range;
 
 use bulbil_store::{
-    Digest, DiskSource, ImportObserver, ImportOptions, SourceError, Store, StoreErrorKind, StoredImage,
+    Digest, DiskSource, ImportObserver, ImportOptions, OwnerId, SourceError, Store, StoreErrorKind, StoreKey,
+    StoreOptions, StoredImage,
 };
 use bulbil_types::{Architecture, BootMode};
 
@@ -100,6 +101,34 @@ fn image(digest: Digest, name: &str, version: &str) -> StoredImage {
 }
 
 #[test]
+fn images_of_an_encrypted_store_are_found_by_who_has_the_key_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |key: [u8; 32]| {
+        let objects = std::sync::Arc::new(bulbil_store::DirObjects::open(dir.path()).unwrap());
+        let options = StoreOptions::new(&dir.path().join("index"), OwnerId::default());
+        Store::open(objects, options.with_key(StoreKey::from_bytes(key)).encrypt_new())
+    };
+    let store = open([1; 32]).unwrap();
+    let digest = store.import(&Disk::new(0x5eed_0104, 1 << 20), &Nobody).unwrap().digest;
+    let web = image(digest, "very-secret-name", "7.1-beta");
+    assert!(store.put_image(&web).unwrap() && store.put_image(&web).unwrap());
+    assert!(!store.put_image(&StoredImage { boot_mode: BootMode::Bios, ..web.clone() }).unwrap());
+    let again = open([1; 32]).unwrap();
+    assert_eq!(
+        (again.images().unwrap().images, again.image(&web.name, &web.version).unwrap()),
+        (vec![web.clone()], web)
+    );
+    open([2; 32]).unwrap_err();
+    let records: Vec<_> = std::fs::read_dir(dir.path().join("images")).unwrap().flatten().collect();
+    assert_eq!(records.len(), 1);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (name, stored) = (records[0].file_name(), std::fs::read(records[0].path()).unwrap());
+    for hidden in ["very-secret", "7.1-beta", &digest.to_hex()] {
+        assert!(!text(&stored).contains(hidden) && !name.to_str().unwrap().contains(hidden), "{hidden}");
+    }
+}
+
+#[test]
 fn images_are_found_by_name_and_a_name_is_taken_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_or_create(dir.path()).unwrap();
@@ -113,6 +142,10 @@ fn images_are_found_by_name_and_a_name_is_taken_once() {
     assert!(!store.put_image(&other).unwrap());
     assert_eq!(store.images().unwrap().images, [first.clone(), second.clone()]);
     assert_eq!(store.image(&first.name, &first.version).unwrap(), first);
+    std::fs::copy(dir.path().join("images/web/2.json"), dir.path().join("images/web/3.json")).unwrap();
+    let moved = store.images().unwrap();
+    assert_eq!(moved.unreadable, ["images/web/3.json"], "a record under another name is not believed");
+    std::fs::remove_file(dir.path().join("images/web/3.json")).unwrap();
     std::fs::File::create(dir.path().join("images/web/1.json")).unwrap();
     let listed = store.images().unwrap();
     assert_eq!((listed.images, listed.unreadable), (vec![second], vec!["images/web/1.json".to_owned()]));

@@ -1,5 +1,6 @@
 //! The command line about stores: `bulbil store …` and `bulbil image copy`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bulbil_control::{KeySource, StoreLocation, parse_key_source, parse_location};
@@ -30,6 +31,9 @@ Damage is healed from the cache of this host where it has what is missing. The e
         #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "heal_from")]
         heal_from_key: Option<KeySource>,
     },
+    /// Make, replace and list the keys of an encrypted store
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Free what nothing uses any more
     #[command(after_help = "\
 Examples:
@@ -76,6 +80,35 @@ pub(crate) struct CopyArgs {
     /// Name and version of the copy [default: as the image]
     #[arg(long = "as", value_name = "NAME[:VERSION]")]
     pub(crate) name: Option<NameAndVersion>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Write a new random key to a file
+    #[command(after_help = "\
+Examples:
+  bulbil store key new ~/.config/bulbil.key
+
+A new store is encrypted when a key is named at its first use:
+  bulbil image list --store /srv/images --store-key file:$HOME/.config/bulbil.key
+
+Keep a copy of the file elsewhere: without a key nobody reads the store.")]
+    New {
+        /// The file, which must not exist
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// List the keys that open the store
+    #[command(visible_alias = "ls")]
+    List,
+    /// Replace the key that this host opens the store with; nothing that is stored is written again
+    Rotate {
+        /// Where the new key is: file:PATH or command:PROGRAM ARGUMENTS
+        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source)]
+        new_key: KeySource,
+    },
+    /// Encrypt what is stored from now on with a new data key
+    AddDataKey,
 }
 
 /// One of equal shares of all packs.

@@ -37,6 +37,7 @@ const FOOTER_NONCE: u64 = u64::MAX;
 pub(crate) enum EncryptedKind {
     Manifest,
     Attachment,
+    Image,
 }
 
 impl EncryptedKind {
@@ -44,6 +45,7 @@ impl EncryptedKind {
         match self {
             Self::Manifest => b"BULBMANI",
             Self::Attachment => b"BULBATTA",
+            Self::Image => b"BULBIMAG",
         }
     }
 
@@ -51,6 +53,7 @@ impl EncryptedKind {
         match self {
             Self::Manifest => "manifest",
             Self::Attachment => "attachment",
+            Self::Image => "image record",
         }
     }
 }

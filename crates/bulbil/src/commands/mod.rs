@@ -18,6 +18,7 @@ use bulbil_control::{CacheSize, DataDir, StoreChoice};
 use clap::CommandFactory as _;
 
 use crate::cli::{Cli, Command};
+use crate::cli_store::{KeyCommand, StoreCommand};
 use crate::daemon;
 use crate::error::{CliError, CliResult};
 use crate::output::Printer;
@@ -59,6 +60,10 @@ pub(crate) fn run(cli: Cli, printer: &Printer) -> CliResult<ExitCode> {
             host::image_reader(self_test, printer)
         }
         Command::KvmProbe => host::kvm_probe(),
+        Command::Store(StoreCommand::Key(KeyCommand::New { file })) => {
+            store::new_key(&file, printer)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "bulbil", &mut script);

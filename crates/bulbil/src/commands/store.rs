@@ -1,22 +1,25 @@
 //! `bulbil store …`
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use bulbil_api::{ClientError, Event, EventStream};
 use bulbil_control::{
-    ContentStats, Damage, DamagedVolume, GcPack, GcReport, GcRequest, OtherStore, ScrubReport, ScrubRequest,
+    ContentStats, Damage, DamagedVolume, ErrorCode, GcPack, GcReport, GcRequest, OtherStore, RotateKeyRequest,
+    ScrubReport, ScrubRequest, StoreKeySlot,
 };
 use bulbil_types::ByteSize;
 
 use super::Context;
-use crate::cli_store::StoreCommand;
+use crate::cli_store::{KeyCommand, StoreCommand};
 use crate::error::{CliError, CliResult};
-use crate::output::{fields, table};
+use crate::output::{Printer, fields, table};
 use crate::progress;
 
 pub(crate) async fn run(context: &Context<'_>, command: StoreCommand) -> CliResult<ExitCode> {
     match command {
         StoreCommand::Stats => stats(context).await?,
+        StoreCommand::Key(command) => key(context, command).await?,
         StoreCommand::Scrub { share, heal_from, heal_from_key } => {
             let heal_from = heal_from.map(|location| OtherStore { location, key: heal_from_key });
             let request = ScrubRequest { share: share.map(|share| (share.index, share.count)), heal_from };
@@ -27,6 +30,48 @@ pub(crate) async fn run(context: &Context<'_>, command: StoreCommand) -> CliResu
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a new key; needs neither daemon nor store.
+pub(crate) fn new_key(file: &Path, printer: &Printer) -> CliResult<()> {
+    bulbil_control::write_new_key_file(file)
+        .map_err(|e| CliError::from(e).hint_for(ErrorCode::InUse, "choose another file"))?;
+    printer.note(&format!("wrote a new key to `{}`; keep a copy of it elsewhere", file.display()));
+    let source = format!("file:{}", std::path::absolute(file).unwrap_or_else(|_| file.to_owned()).display());
+    printer.result(&serde_json::json!({ "source": source }), || source.clone())
+}
+
+async fn key(context: &Context<'_>, command: KeyCommand) -> CliResult<()> {
+    let slots = match command {
+        KeyCommand::New { file } => return new_key(&file, context.printer),
+        KeyCommand::List => context.client.store_keys().await?,
+        KeyCommand::Rotate { new_key } => {
+            let hint = "see which keys there are: bulbil store key list";
+            let rotated = context.client.rotate_store_key(&RotateKeyRequest { new_key: new_key.clone() }).await;
+            let slots = rotated.map_err(|e| {
+                let error = CliError::from(e);
+                if error.code == Some(ErrorCode::StoreKey) { error.hint_instead(hint) } else { error }
+            })?;
+            context
+                .printer
+                .note(&format!("the store is opened with `{new_key}` from now on, and with the old key no more"));
+            slots
+        }
+        KeyCommand::AddDataKey => {
+            let added = context.client.add_data_key().await?;
+            context.printer.note(&format!("what is stored from now on is encrypted with data key {}", added.data_key));
+            return context.printer.result(&added, || added.data_key.to_string());
+        }
+    };
+    context.printer.result(&slots, || {
+        let row = |slot: &StoreKeySlot| {
+            vec![slot.id.clone(), slot.provider.clone(), if slot.in_use { "yes" } else { "no" }.to_owned()]
+        };
+        match slots.is_empty() {
+            true => "the store is not encrypted".to_owned(),
+            false => table(&["KEY", "FROM", "IN USE"], &slots.iter().map(row).collect::<Vec<_>>()),
+        }
+    })
 }
 
 async fn stats(context: &Context<'_>) -> CliResult<()> {
