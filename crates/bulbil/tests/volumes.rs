@@ -1,7 +1,7 @@
 //! Volumes and snapshots as people use them. Some of it needs `/dev/fuse`, and skips with a reason where that is missing,
 //! unless `CI` is set.
 
-#![allow(clippy::print_stderr, clippy::unwrap_used, reason = "helpers of tests are tests")]
+#![allow(clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod support;
 
