@@ -15,9 +15,9 @@ pub struct StoreStats {
     pub packs: u64,
     /// Bytes of packs.
     pub pack_bytes: u64,
-    /// Manifests.
+    /// Manifests in use: one for each content and owner.
     pub manifests: u64,
-    /// Bytes of manifests.
+    /// Bytes of all manifests, also of those that were never completed or that newer ones replace.
     pub manifest_bytes: u64,
     /// Bytes of what belongs to contents and can be made again.
     pub attachment_bytes: u64,
@@ -71,10 +71,9 @@ impl Control {
     pub async fn store_stats(&self) -> Result<StoreStats, ControlError> {
         let images = self.catalog.images().await?;
         let store = Arc::clone(&self.store);
-        let read = tokio::task::spawn_blocking(move || Ok((store.usage()?, store.stats()?)));
+        let read = tokio::task::spawn_blocking(move || store.stats());
         let broken = |e| ControlError::with_source(ErrorCode::Failed, "reading the store broke off", &e);
-        let (usage, stats) =
-            read.await.map_err(broken)?.map_err(|e| ControlError::store("cannot read the store", &e))?;
+        let stats = read.await.map_err(broken)?.map_err(|e| ControlError::store("cannot read the store", &e))?;
         let names_of = |digest: &Digest| {
             let named = images.iter().filter(|image| image.digest == *digest);
             named.map(|image| format!("{}:{}", image.name, image.version)).collect()
@@ -91,7 +90,7 @@ impl Control {
         Ok(StoreStats {
             packs: stats.packs,
             pack_bytes: stats.pack_bytes,
-            manifests: usage.manifests,
+            manifests: stats.contents.iter().map(|content| content.owners).sum(),
             manifest_bytes: stats.manifest_bytes,
             attachment_bytes: stats.attachment_bytes,
             logical_bytes: stats.logical_bytes,

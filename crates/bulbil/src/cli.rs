@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use crate::cli_disk::{DiskCommand, ExportArgs, InputArgs};
+use crate::cli_private::Private;
 use crate::cli_store::{CopyArgs, StoreCommand};
 use crate::cli_volume::{MountArgs, SnapshotCommand, VolumeCommand};
 
@@ -41,10 +42,10 @@ pub(crate) struct Global {
     #[arg(long, global = true, env = "BULBIL_DATA_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) data_dir: Option<PathBuf>,
     /// Store that the images are in: a path, file:///PATH or s3://BUCKET/PREFIX [default: in the data directory]
-    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+    #[arg(long, global = true, env = "BULBIL_STORE", value_name = "LOCATION", value_parser = Private(parse_location), value_hint = ValueHint::DirPath)]
     pub(crate) store: Option<StoreLocation>,
     /// Key of an encrypted store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE", value_parser = parse_key_source)]
+    #[arg(long, global = true, env = "BULBIL_STORE_KEY", value_name = "SOURCE", value_parser = Private(parse_key_source))]
     pub(crate) store_key: Option<KeySource>,
     /// Most space that the cache of read image data takes, such as 20GiB, or unlimited; kept until it is said otherwise
     #[arg(long, global = true, env = "BULBIL_CACHE_SIZE", value_name = "SIZE")]
@@ -240,10 +241,10 @@ pub(crate) enum ImageCommand {
     #[command(visible_alias = "ls", after_help = "Example:\n  bulbil image list --from s3://images/team")]
     List {
         /// List what this store offers
-        #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+        #[arg(long, value_name = "LOCATION", value_parser = Private(parse_location), value_hint = ValueHint::DirPath)]
         from: Option<StoreLocation>,
         /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "from")]
+        #[arg(long, value_name = "SOURCE", value_parser = Private(parse_key_source), requires = "from")]
         from_key: Option<KeySource>,
     },
     /// Copy an image to or from another store: only what is missing there is sent

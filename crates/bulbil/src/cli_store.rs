@@ -8,6 +8,7 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand, ValueHint};
 
 use crate::cli::NameAndVersion;
+use crate::cli_private::Private;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum StoreCommand {
@@ -25,10 +26,10 @@ Damage is healed from the cache of this host where it has what is missing. The e
         #[arg(long, value_name = "I/N", value_parser = parse_share)]
         share: Option<Share>,
         /// Heal from this store as well
-        #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+        #[arg(long, value_name = "LOCATION", value_parser = Private(parse_location), value_hint = ValueHint::DirPath)]
         heal_from: Option<StoreLocation>,
         /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, requires = "heal_from")]
+        #[arg(long, value_name = "SOURCE", value_parser = Private(parse_key_source), requires = "heal_from")]
         heal_from_key: Option<KeySource>,
     },
     /// Make, replace and list the keys of an encrypted store
@@ -66,16 +67,16 @@ pub(crate) struct CopyArgs {
     #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) image: String,
     /// Copy it to this store, which is made if there is none
-    #[arg(long, value_name = "LOCATION", value_parser = parse_location, required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "LOCATION", value_parser = Private(parse_location), required_unless_present = "from", conflicts_with = "from", value_hint = ValueHint::DirPath)]
     pub(crate) to: Option<StoreLocation>,
     /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "from")]
+    #[arg(long, value_name = "SOURCE", value_parser = Private(parse_key_source), conflicts_with = "from")]
     pub(crate) to_key: Option<KeySource>,
     /// Copy it from this store
-    #[arg(long, value_name = "LOCATION", value_parser = parse_location, value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "LOCATION", value_parser = Private(parse_location), value_hint = ValueHint::DirPath)]
     pub(crate) from: Option<StoreLocation>,
     /// Key of that store: file:PATH or command:PROGRAM ARGUMENTS
-    #[arg(long, value_name = "SOURCE", value_parser = parse_key_source, conflicts_with = "to")]
+    #[arg(long, value_name = "SOURCE", value_parser = Private(parse_key_source), conflicts_with = "to")]
     pub(crate) from_key: Option<KeySource>,
     /// Name and version of the copy [default: as the image]
     #[arg(long = "as", value_name = "NAME[:VERSION]")]
@@ -104,7 +105,7 @@ Keep a copy of the file elsewhere: without a key nobody reads the store.")]
     /// Replace the key that this host opens the store with; nothing that is stored is written again
     Rotate {
         /// Where the new key is: file:PATH or command:PROGRAM ARGUMENTS
-        #[arg(long, value_name = "SOURCE", value_parser = parse_key_source)]
+        #[arg(long, value_name = "SOURCE", value_parser = Private(parse_key_source))]
         new_key: KeySource,
     },
     /// Encrypt what is stored from now on with a new data key

@@ -4,6 +4,7 @@
 
 mod cli;
 mod cli_disk;
+mod cli_private;
 mod cli_store;
 mod cli_volume;
 mod commands;

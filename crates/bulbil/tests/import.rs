@@ -24,17 +24,17 @@ fn fresh_seed() -> u64 {
     seed
 }
 
-/// What the store takes beside its settings.
+/// What the store holds; a killed import may leave a few bytes under a name for ever.
 fn store_bytes(home: &Home) -> Value {
     bytes_of(&home.json(&["store", "stats"]))
 }
 
 fn bytes_of(stats: &Value) -> Value {
-    json!(["packs", "pack_bytes", "manifests", "manifest_bytes"].map(|field| stats[field].clone()))
+    json!(["packs", "pack_bytes", "manifests"].map(|field| stats[field].clone()))
 }
 
 fn empty_store() -> Value {
-    json!([0, 0, 0, 0])
+    json!([0, 0, 0])
 }
 
 /// Launches an instance of an image, without a guest to speak of, and compares its disk.
