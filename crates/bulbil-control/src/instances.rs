@@ -450,7 +450,11 @@ impl Control {
             (self.volumes.clone(), instance.record.volume_id.clone(), self.data.instance(id));
         let base = volumes.record(&volume_id).ok().and_then(|volume| volume.base);
         // A large overlay takes a while.
-        let removed = tokio::task::spawn_blocking(move || (volumes.remove(&volume_id), directory.remove())).await;
+        let removed = tokio::task::spawn_blocking(move || {
+            shim::wait_until_gone(&directory);
+            (volumes.remove(&volume_id), directory.remove())
+        });
+        let removed = removed.await;
         let (volume, files) = removed.map_err(|e| failed(&e))?;
         volume.map_err(|e| failed(&e))?;
         files.map_err(|e| failed(&e))?;
