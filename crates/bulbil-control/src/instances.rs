@@ -3,12 +3,12 @@
 use std::net::TcpListener;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulbil_metadata::check_user_data;
 use bulbil_types::{BootMode, InstanceId, MAX_DISK_BYTES, Name, Personality, VolumeId};
 use bulbil_vm::qemu;
-use bulbil_volume::VolumeErrorKind;
+use bulbil_volume::{VolumeDirectory, VolumeError, VolumeErrorKind};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Command;
@@ -56,6 +56,22 @@ pub struct LaunchRequest {
     pub publish: Vec<PublishedPort>,
     /// Whether to only check.
     pub dry_run: bool,
+}
+
+/// How long a shim whose machine has ended may take to close the volume: it may have a boot trace to store.
+const CLOSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Removes a volume as soon as the shim that had it open has ended.
+fn remove_unused(volumes: &VolumeDirectory, id: &VolumeId) -> Result<(), VolumeError> {
+    let deadline = Instant::now() + CLOSE_LIMIT;
+    loop {
+        match volumes.remove(id) {
+            Err(e) if e.kind() == VolumeErrorKind::InUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
 }
 
 impl Control {
@@ -450,12 +466,8 @@ impl Control {
             (self.volumes.clone(), instance.record.volume_id.clone(), self.data.instance(id));
         let base = volumes.record(&volume_id).ok().and_then(|volume| volume.base);
         // A large overlay takes a while.
-        let removed = tokio::task::spawn_blocking(move || {
-            shim::wait_until_gone(&directory);
-            (volumes.remove(&volume_id), directory.remove())
-        });
-        let removed = removed.await;
-        let (volume, files) = removed.map_err(|e| failed(&e))?;
+        let removed = tokio::task::spawn_blocking(move || (remove_unused(&volumes, &volume_id), directory.remove()));
+        let (volume, files) = removed.await.map_err(|e| failed(&e))?;
         volume.map_err(|e| failed(&e))?;
         files.map_err(|e| failed(&e))?;
         self.catalog.remove_instance(id).await?;

@@ -207,7 +207,8 @@ fn import_with(
         });
         // Workers end when the queue closes, which dropping the guard does on every way out.
         let _close = CloseOnDrop(&queue);
-        let mut import = match Import::new(store, lease, source, carried, observer, &queue, &inbox, pack_sender) {
+        let pipeline = Pipeline { queue: &queue, inbox: &inbox, packs: pack_sender };
+        let mut import = match Import::new(store, lease, source, carried, observer, pipeline) {
             Ok(import) => import,
             Err(error) => return (Err(error), Vec::new()),
         };
@@ -495,6 +496,13 @@ struct Import<'a> {
     stored_bytes: u64,
 }
 
+/// The coordinator's ends of the pipeline.
+struct Pipeline<'a> {
+    queue: &'a Queue,
+    inbox: &'a Receiver<Outcome>,
+    packs: mpsc::SyncSender<(u32, FinishedPack)>,
+}
+
 impl<'a> Import<'a> {
     fn new(
         store: &'a Store,
@@ -502,9 +510,7 @@ impl<'a> Import<'a> {
         source: &'a dyn DiskSource,
         carried: Option<Carried<'a>>,
         observer: &'a dyn ImportObserver,
-        queue: &'a Queue,
-        inbox: &'a Receiver<Outcome>,
-        packs: mpsc::SyncSender<(u32, FinishedPack)>,
+        Pipeline { queue, inbox, packs }: Pipeline<'a>,
     ) -> Result<Self, StoreError> {
         let mut index = store.open_index(lease.unusable())?;
         index.begin_changes()?;

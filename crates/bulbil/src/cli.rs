@@ -248,7 +248,7 @@ pub(crate) enum ImageCommand {
         from_key: Option<KeySource>,
     },
     /// Copy an image to or from another store: only what is missing there is sent
-    Copy(CopyArgs),
+    Copy(Box<CopyArgs>),
     /// Show an image in full
     #[command(visible_alias = "info")]
     Show {

@@ -25,7 +25,6 @@ use crate::model::RunState;
 
 pub(crate) use run::raise_file_limit;
 pub use run::run_shim;
-pub(crate) use run::wait_until_gone;
 
 /// The longest answer of a shim.
 const MAX_ANSWER_BYTES: u64 = 64 << 10;

@@ -112,18 +112,6 @@ fn lock_instance(directory: &InstanceDir) -> Result<std::fs::File, ControlError>
     }
 }
 
-/// Waits until the shim of an instance has ended as a process, and so has let go of the volume; what it tells last is
-/// told a moment before. One that does not end in time is left to whoever meets its locks.
-pub(crate) fn wait_until_gone(directory: &InstanceDir) {
-    let Ok(file) = std::fs::File::open(directory.file("shim.lock")) else { return };
-    let deadline = Instant::now() + LOCK_LIMIT;
-    while rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared).is_err()
-        && Instant::now() < deadline
-    {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Each pack of an image is a file of the base cache.
 pub(crate) fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

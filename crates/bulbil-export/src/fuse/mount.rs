@@ -190,7 +190,8 @@ impl FuseMount {
 
     fn outcome(&self) -> Result<(), FuseError> {
         match &*self.end.lock() {
-            Some(Err(error)) => {
+            // So ends a receiver that asks for the next request just when the directory is unmounted.
+            Some(Err(error)) if error.kind() != io::ErrorKind::ConnectionAborted => {
                 let source = io::Error::new(error.kind(), error.to_string());
                 Err(FuseError::Served { path: self.directory.clone(), source })
             }

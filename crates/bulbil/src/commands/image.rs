@@ -23,7 +23,7 @@ pub(crate) async fn run(context: &Context<'_>, command: ImageCommand) -> CliResu
             image_copy::list_offered(context, OtherStore { location, key: from_key }).await
         }
         ImageCommand::List { from: None, .. } => list(context).await,
-        ImageCommand::Copy(arguments) => image_copy::copy(context, arguments).await,
+        ImageCommand::Copy(arguments) => image_copy::copy(context, *arguments).await,
         ImageCommand::Show { image } => {
             let found = context.client.image(&image).await.map_err(|e| with_image_hint(e.into()))?;
             context.printer.result(&found, || describe(&found))
