@@ -5,8 +5,9 @@
 mod support;
 
 use bulbil_testkit::S3Server;
+use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{Home, Ran, disks, holds_files};
+use support::{Home, Ran, disks, holds_files, wait_until};
 
 const SEED: u64 = 0x5eed_0171;
 
@@ -78,6 +79,28 @@ fn an_image_is_copied_to_a_bucket_and_from_there_to_another_host() {
     there(&["image", "export", "web", &remote.home.text_path("out.raw")]).ok();
     support::assert_same_disk(&remote.home, "out.raw", "raw", &disk);
     there(&["shutdown"]).ok();
+}
+
+#[test]
+fn a_copy_to_a_bucket_that_was_killed_goes_on_where_it_was() {
+    let remote = Remote::new();
+    let disk = remote.home.file("disk.raw", disks::noise(SEED + 3, 96 << 20));
+    let image = remote.json(&["image", "import", &disk]);
+    let packs = remote.server.objects().join("team/packs");
+    let to = ["image", "copy", "disk", "--to", &remote.location];
+    let mut client = remote.home.command(&to).envs(S3Server::environment()).spawn().unwrap();
+    wait_until("the first pack", || holds_files(&packs));
+    remote.home.signal_daemon(Signal::KILL);
+    assert!(!client.wait().unwrap().success());
+    assert!(!holds_files(&remote.server.objects().join("team/manifests")), "the copy was over too early");
+    let copied = remote.json(&to);
+    assert_eq!(copied["digest"], image["digest"]);
+    let stored = copied["stored_bytes"].as_u64().unwrap();
+    println!("{stored} bytes were left to store");
+    assert!(stored < 82 << 20, "a pack of 16 MiB was there: {stored}");
+    remote.run(&["image", "copy", "disk", "--from", &remote.location, "--as", "back"]).ok();
+    assert_eq!(remote.json(&["image", "show", "back"])["digest"], image["digest"]);
+    remote.run(&["shutdown"]).ok();
 }
 
 #[test]

@@ -106,6 +106,11 @@ impl Host {
         server.shutdown();
         server.wait();
         drop(server);
-        volumes.remove(&id).unwrap();
+        // Its threads let go of the volume a moment later.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while let Err(error) = volumes.remove(&id) {
+            assert!(std::time::Instant::now() < deadline, "{error}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 }
