@@ -18,7 +18,7 @@ fn plain_disk(len: usize) -> Vec<u8> {
     let mut bytes = disks::noise(SEED, len);
     for (number, block) in bytes.chunks_mut(4096).enumerate().filter(|(number, _)| number % 3 == 0) {
         block[..PLAIN.len()].copy_from_slice(PLAIN);
-        block[PLAIN.len()..][..8].copy_from_slice(&number.to_le_bytes());
+        block[PLAIN.len()..][..8].copy_from_slice(&(number as u64).to_le_bytes());
     }
     bytes
 }
