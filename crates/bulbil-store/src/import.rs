@@ -216,7 +216,10 @@ fn import_with(
         let outcome = ran.and_then(|()| import.publish(options.expected_digest, always_publish));
         let is_new = matches!(&outcome, Ok(report) if !report.existed);
         let leftover = if is_new { Vec::new() } else { import.leftover() };
-        import.close_index();
+        // Of what stays behind the index does not know all blocks: the next import reads the footers.
+        if outcome.is_ok() || !options.keep_on_failure {
+            import.close_index();
+        }
         (outcome, leftover)
     })
 }

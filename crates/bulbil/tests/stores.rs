@@ -138,7 +138,7 @@ fn locations_and_keys_that_make_no_sense_are_refused() {
     for (args, says) in [
         (&["image", "list", "--store", ""][..], "the location of a store is empty"),
         (&["image", "list", "--store", "ftp://host/x"], "`ftp://` is not known"),
-        (&["image", "list", "--store", "file://relative"], "`file:///`"),
+        (&["image", "list", "--store", "file://relative"], "an absolute path"),
         (&["image", "list", "--store"], "--store <LOCATION>"),
         (&["image", "list", "--store-key", "hidden"], "a key source is `file:PATH` or `command:PROGRAM"),
         (&["image", "list", "--store-key", "file:"], "file:PATH"),
