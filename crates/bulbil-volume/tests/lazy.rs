@@ -187,9 +187,13 @@ fn a_volume_goes_on_when_its_image_moves_to_other_packs() {
         std::fs::copy(other_dir.path().join("store").join(name), to(name)).unwrap();
     }
     let directory = format!("manifests/{}", manifest.digest().to_hex());
-    let edition =
-        |directory: &std::path::Path, number: u32| directory.join(format!("0000000000000000-{number:08x}.manifest"));
-    std::fs::copy(edition(&other_dir.path().join("store").join(&directory), 0), edition(&to(&directory), 1)).unwrap();
+    let only_file =
+        |directory: std::path::PathBuf| std::fs::read_dir(directory).unwrap().next().unwrap().unwrap().path();
+    let (old, new) = (only_file(to(&directory)), only_file(other_dir.path().join("store").join(&directory)));
+    let name = old.file_stem().unwrap().to_str().unwrap();
+    let (owner, edition) = name.split_once('-').unwrap();
+    let edition = u32::from_str_radix(edition, 16).unwrap() + 1;
+    std::fs::copy(new, to(&format!("{directory}/{owner}-{edition:08x}.manifest"))).unwrap();
     let stop = AtomicBool::new(false);
     let reads = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -204,7 +208,7 @@ fn a_volume_goes_on_when_its_image_moves_to_other_packs() {
             });
         }
         wait_until("they read", || reads.load(Ordering::Relaxed) > 10);
-        std::fs::remove_file(edition(&to(&directory), 0)).unwrap();
+        std::fs::remove_file(&old).unwrap();
         for name in host.pack_bytes(&manifest).keys() {
             std::fs::remove_file(to(name)).unwrap();
         }
