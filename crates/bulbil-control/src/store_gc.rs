@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulbil_store::{Digest, PackFate};
-use bulbil_types::VolumeId;
-use bulbil_volume::VolumeErrorKind;
 use serde::{Deserialize, Serialize};
 
 use crate::content_lease::leased_contents;
@@ -108,9 +106,7 @@ impl GcReport {
         self.later_bytes = if now.len() == 2 { 0 } else { sum(&[GcFate::Condemned]).1 };
         (self.deleted_packs, self.freed_bytes) = deleted;
     }
-}
 
-impl GcReport {
     /// Adds packs that are written anew; a later cycle deletes them, and its word counts.
     fn add_repack(&mut self, repack: &bulbil_store::RepackReport) {
         self.repacked_packs += repack.packs.len() as u64;
@@ -215,26 +211,5 @@ impl Control {
             Ok(unused)
         });
         given_up.await.map_err(broken)?.map_err(|e| ControlError::store("cannot free unused space", &e))
-    }
-
-    /// The volumes of this host that have a content below, and that content.
-    pub(crate) fn volume_contents(&self) -> Result<Vec<(VolumeId, Digest)>, ControlError> {
-        let path = self.data.volumes();
-        let fail = |e| ControlError::io(format!("cannot list `{}`", path.display()), &e);
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&path).map_err(fail)? {
-            let name = entry.map_err(fail)?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.parse::<VolumeId>().ok()) else { continue };
-            match self.volumes.record(&id) {
-                Ok(record) => found.extend(record.base.map(|digest| (id, digest))),
-                // Removed meanwhile, or never completed.
-                Err(e) if e.kind() == VolumeErrorKind::NotFound => {}
-                Err(e) => {
-                    let text = format!("cannot tell what volume {id} needs");
-                    return Err(ControlError::with_source(ErrorCode::Failed, text, &e));
-                }
-            }
-        }
-        Ok(found)
     }
 }

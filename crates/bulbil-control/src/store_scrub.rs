@@ -12,6 +12,7 @@ use crate::control::Control;
 use crate::error::{ControlError, ErrorCode};
 use crate::image_copy::{OtherStore, open_other};
 use crate::store_ops;
+use crate::volume_ops::volume_error;
 
 /// What to read again, and where to heal from beside the base cache.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -150,10 +151,14 @@ impl Control {
             users.images.entry(image.digest).or_default().insert(format!("{}:{}", image.name, image.version));
         }
         let instances = self.catalog.instances().await?;
-        for (id, digest) in self.volume_contents()? {
+        let bases = self.volumes.bases().map_err(|e| volume_error("cannot see what the volumes refer to", &e))?;
+        for (id, digests) in bases {
             let owner = instances.iter().find(|(record, _)| record.volume_id == id);
-            let instance = owner.map(|(record, _)| record.name.to_string());
-            users.volumes.entry(digest).or_default().insert(DamagedVolume { id: id.to_string(), instance });
+            let volume =
+                DamagedVolume { id: id.to_string(), instance: owner.map(|(record, _)| record.name.to_string()) };
+            for digest in digests {
+                users.volumes.entry(digest).or_default().insert(volume.clone());
+            }
         }
         Ok(users)
     }

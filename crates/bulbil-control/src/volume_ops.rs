@@ -77,6 +77,14 @@ impl ImportObserver for Silent {
     fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
 }
 
+/// Runs work on a volume that blocks, beside what else this process does.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+) -> Result<T, ControlError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the work on a volume broke off", &e))?
+}
+
 /// An error of a volume as a user meets it.
 pub(crate) fn volume_error(what: impl Into<String>, error: &VolumeError) -> ControlError {
     let code = match error.kind() {

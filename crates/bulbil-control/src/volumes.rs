@@ -22,7 +22,7 @@ use crate::model::{InstanceRecord, InstanceState};
 use crate::shim::{self, ShimRequest};
 use crate::store_ops::open_cache;
 use crate::volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
-use crate::volume_ops::{self, TakenContent, volume_error};
+use crate::volume_ops::{self, TakenContent, blocking, volume_error};
 
 /// What a new volume begins as.
 struct Beginning {
@@ -385,13 +385,6 @@ impl Control {
 
 fn no_volume(wanted: &str) -> ControlError {
     ControlError::new(ErrorCode::NotFound, format!("there is no volume `{wanted}`"))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
-) -> Result<T, ControlError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the work on a volume broke off", &e))?
 }
 
 /// What the files below a directory take; what cannot be read counts nothing.

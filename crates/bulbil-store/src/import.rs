@@ -31,7 +31,7 @@ use crate::frame::{self, EncodedFrame};
 use crate::index::{BlockIndex, IndexedPack};
 use crate::lease::WriteLease;
 use crate::leaves::Leaves;
-use crate::manifest::{Extent, Manifest, PackRef};
+use crate::manifest::{Extent, Manifest, PackRef, push_run};
 use crate::matching::{KnownBlocks, Location, Placement, place_window};
 use crate::pack::{BlockHash, FinishedPack, Footer, PackBuilder, PackId};
 use crate::store::Store;
@@ -353,7 +353,8 @@ fn scan_window(window: &[u8], key: &[u8; 32]) -> ScannedWindow {
     hashes.iter().any(Option::is_some).then(|| (window_leaf(window), hashes))
 }
 
-fn block_hash(block: &[u8], key: &[u8; 32]) -> BlockHash {
+/// The hash by which a block is recognised in a store.
+pub(crate) fn block_hash(block: &[u8], key: &[u8; 32]) -> BlockHash {
     *blake3::keyed_hash(key, block).as_bytes().first_chunk().expect("16 of 32 bytes")
 }
 
@@ -653,7 +654,9 @@ impl<'a> Import<'a> {
                 Placement::New => self.store_block(&bytes[index * BLOCK_LEN..(index + 1) * BLOCK_LEN], hash)?,
             };
             self.previous = Some(location);
-            push_extent(&mut self.extents, window * BLOCKS_PER_FRAME + index as u64, location);
+            let first_block = window * BLOCKS_PER_FRAME + index as u64;
+            let run = Extent { first_block, blocks: 1, pack: location.pack, block_in_pack: location.block };
+            push_run(&mut self.extents, run);
         }
         Ok(())
     }
@@ -825,17 +828,4 @@ impl<'a> Import<'a> {
         }
         std::mem::take(&mut self.new_packs)
     }
-}
-
-fn push_extent(extents: &mut Vec<Extent>, block: u64, at: Location) {
-    if let Some(last) = extents.last_mut()
-        && last.end_block() == block
-        && last.pack == at.pack
-        && last.block_in_pack + last.blocks == at.block
-        && last.blocks < 0x1_0000
-    {
-        last.blocks += 1;
-        return;
-    }
-    extents.push(Extent { first_block: block, blocks: 1, pack: at.pack, block_in_pack: at.block });
 }

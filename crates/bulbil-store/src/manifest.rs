@@ -67,6 +67,20 @@ impl Extent {
     }
 }
 
+/// Adds a run of blocks in the order of the disk, to the last extent where it follows that.
+pub(crate) fn push_run(extents: &mut Vec<Extent>, run: Extent) {
+    if let Some(last) = extents.last_mut()
+        && last.end_block() == run.first_block
+        && last.pack == run.pack
+        && last.block_in_pack + last.blocks == run.block_in_pack
+        && last.blocks + run.blocks <= 0x1_0000
+    {
+        last.blocks += run.blocks;
+        return;
+    }
+    extents.push(run);
+}
+
 /// The block map of one disk: immutable, whole, verified when it was parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {

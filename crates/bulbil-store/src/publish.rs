@@ -169,7 +169,7 @@ impl Store {
 
 /// The edition of a new manifest of an owner who has these. A first one is random: a request that was
 /// long under way must not meet a name that is used again.
-fn next_edition(stored: &[Published]) -> Result<u32, StoreError> {
+pub(crate) fn next_edition(stored: &[Published]) -> Result<u32, StoreError> {
     let newest = stored.iter().filter(|p| p.owner.is_some()).map(|p| p.edition).max();
     let too_many = || StoreError::corrupt("the manifests of a content have no number left");
     match newest {

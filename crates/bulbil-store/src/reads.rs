@@ -105,7 +105,9 @@ impl Store {
         let start =
             record.offset.checked_sub(run.offset).and_then(|at| usize::try_from(at).ok()).ok_or_else(missing)?;
         let stored = run.stored.get(start..start.saturating_add(record.stored_bytes as usize)).ok_or_else(missing)?;
-        self.decode_stored(run.pack, &run.footer, frame, stored)
+        run.footer.decode_frame(frame, stored).map_err(|error| {
+            StoreError::with_source(error.kind(), format!("pack {}, frame {frame} is damaged", run.pack), error)
+        })
     }
 
     /// The pack's footer, when it is the one that the manifest names.
@@ -115,19 +117,5 @@ impl Store {
             return Err(StoreError::corrupt(format!("pack {}: not the pack that the manifest names", pack.id)));
         }
         Ok(footer)
-    }
-
-    /// Decodes and verifies the stored bytes of one frame: the one way from stored to plain bytes.
-    #[allow(clippy::unused_self, reason = "what decodes belongs to the store")]
-    pub(crate) fn decode_stored(
-        &self,
-        pack: PackId,
-        footer: &Footer,
-        number: u32,
-        stored: &[u8],
-    ) -> Result<Vec<u8>, StoreError> {
-        footer.decode_frame(number, stored).map_err(|error| {
-            StoreError::with_source(error.kind(), format!("pack {pack}, frame {number} is damaged"), error)
-        })
     }
 }

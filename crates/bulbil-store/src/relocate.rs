@@ -12,12 +12,13 @@ use std::collections::{HashMap, HashSet};
 use bulbil_types::BLOCK_LEN;
 
 use crate::error::{StoreError, StoreErrorKind};
+use crate::import::block_hash;
 use crate::lease::WriteLease;
 use crate::liveness::{self, BlockSet, Liveness};
-use crate::manifest::{Extent, Manifest, PackRef};
+use crate::manifest::{Extent, Manifest, PackRef, push_run};
 use crate::pack::{BlockHash, Footer, PackId};
 use crate::pack_writer::PackWriter;
-use crate::publish::Stored;
+use crate::publish::{Stored, next_edition};
 use crate::published::Published;
 use crate::store::Store;
 
@@ -137,7 +138,7 @@ impl Store {
 
     /// The hash by which a block is recognised in this store.
     pub(crate) fn block_hash(&self, block: &[u8]) -> BlockHash {
-        *blake3::keyed_hash(self.block_hash_key.as_bytes(), block).as_bytes().first_chunk().expect("16 of 32 bytes")
+        block_hash(block, self.block_hash_key.as_bytes())
     }
 
     fn put_editions(
@@ -175,15 +176,10 @@ impl Store {
 
     /// The name of the next edition; one of no known owner becomes this owner's.
     pub(crate) fn next_edition_of(&self, published: &Published) -> Result<Published, StoreError> {
-        let too_many = || StoreError::corrupt("the manifests of a content have no number left");
         let owner = published.owner.unwrap_or(self.owner);
-        let same = self.published_as(published.content)?;
-        let newest = same.iter().filter(|p| p.owner == Some(owner)).map(|p| p.edition).max();
-        let edition = match newest {
-            Some(edition) => edition.checked_add(1).ok_or_else(too_many)?,
-            None => crate::publish::first_edition()?,
-        };
-        Ok(Published { content: published.content, owner: Some(owner), edition })
+        let mut same = self.published_as(published.content)?;
+        same.retain(|p| p.owner == Some(owner));
+        Ok(Published { content: published.content, owner: Some(owner), edition: next_edition(&same)? })
     }
 }
 
@@ -235,15 +231,6 @@ impl ExtentBuilder {
             self.packs.push(pack);
             next
         });
-        if let Some(last) = self.extents.last_mut()
-            && last.end_block() == first_block
-            && last.pack == number
-            && last.block_in_pack + last.blocks == block_in_pack
-            && last.blocks + blocks <= 0x1_0000
-        {
-            last.blocks += blocks;
-            return;
-        }
-        self.extents.push(Extent { first_block, blocks, pack: number, block_in_pack });
+        push_run(&mut self.extents, Extent { first_block, blocks, pack: number, block_in_pack });
     }
 }

@@ -209,11 +209,8 @@ impl Store {
     /// `Corrupt` with the pack's and the frame's name when stored bytes do not verify; `NotFound`
     /// or `Io` when they cannot be read.
     pub fn read_frame(&self, pack: &PackRef, frame: u32) -> Result<Vec<u8>, StoreError> {
-        let footer = self.verified_footer(pack)?;
-        let record = footer.frames.get(frame as usize);
-        let record = record.ok_or_else(|| StoreError::corrupt(format!("pack {}: no frame {frame}", pack.id)))?;
-        let stored = self.objects.get_range(&pack.id.object_name(), record.offset, record.stored_bytes as usize)?;
-        self.decode_stored(pack.id, &footer, frame, &stored)
+        let run = self.read_run(pack, frame..frame.saturating_add(1))?;
+        self.decode_frame(&run, frame)
     }
 
     /// Adds up what the store takes.

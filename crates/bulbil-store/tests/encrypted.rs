@@ -12,8 +12,9 @@ use bulbil_store::{
     AttachmentKind, Digest, DirObjects, GcOptions, KeySource, OwnerId, ScrubOptions, Store, StoreError, StoreErrorKind,
     StoreKey, StoreOptions, window_leaf, write_new_key_file,
 };
+use bulbil_testkit::MemoryDisk;
 use bulbil_types::{BLOCK_LEN, FRAME_LEN};
-use support::{Disk, files, noise, read_disk, text};
+use support::{files, noise, read_disk, text};
 
 fn key(number: u8) -> StoreKey {
     StoreKey::from_bytes([number; 32])
@@ -37,19 +38,19 @@ fn kind<T>(result: Result<T, StoreError>) -> StoreErrorKind {
 }
 
 /// Text, which compresses, noise, which does not, and a hole.
-fn sample() -> Disk {
+fn sample() -> MemoryDisk {
     let mut bytes = text(0, 40);
     bytes.resize(1 << 20, 0);
     bytes.extend(noise(1, 50));
-    Disk(bytes)
+    MemoryDisk(bytes)
 }
 
 /// Blocks of the sample at other places, and some of its own.
-fn related() -> Disk {
-    Disk([noise(2, 3), text(7, 20), noise(3, 4), noise(1, 50)[5 * BLOCK_LEN..].to_vec()].concat())
+fn related() -> MemoryDisk {
+    MemoryDisk([noise(2, 3), text(7, 20), noise(3, 4), noise(1, 50)[5 * BLOCK_LEN..].to_vec()].concat())
 }
 
-fn import(store: &Store, disk: &Disk) -> Digest {
+fn import(store: &Store, disk: &MemoryDisk) -> Digest {
     store.import(disk, disk).unwrap().digest
 }
 
@@ -79,7 +80,7 @@ fn an_encrypted_store_gives_back_what_went_in() {
 }
 
 /// What must not be found in any stored byte: parts of the content, and hashes that would confirm it.
-fn markers(store: &Store, disks: &[Disk]) -> Vec<Vec<u8>> {
+fn markers(store: &Store, disks: &[MemoryDisk]) -> Vec<Vec<u8>> {
     let mut markers = Vec::new();
     for disk in disks {
         for block in disk.0.chunks(BLOCK_LEN).filter(|block| block.iter().any(|byte| *byte != 0)) {
@@ -253,7 +254,7 @@ fn packs_of_an_old_data_key_stay_readable() {
         assert!(read_disk(store, &first) == sample().0);
         assert!(read_disk(store, &second) == related().0);
     }
-    import(&elsewhere, &Disk(noise(9, 3)));
+    import(&elsewhere, &MemoryDisk(noise(9, 3)));
     assert_eq!(data_keys_of_packs(dir.path()), [1, 2, 2]);
     assert_eq!(elsewhere.add_data_key().unwrap(), 3);
 }
@@ -359,7 +360,7 @@ fn a_new_store_cut_off_anywhere_is_made_by_the_next_who_opens_it() {
 #[test]
 fn a_changed_byte_of_an_encrypted_store_is_never_content() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk(text(0, 2));
+    let disk = MemoryDisk(text(0, 2));
     let digest = import(&open(dir.path(), 1).unwrap(), &disk);
     let mut flips = 0;
     let kinds = ["bulbil-store.json", "keys", "packs", "manifests", "attachments"];
@@ -499,7 +500,7 @@ fn write_the_encrypted_store() {
     let target = fixture();
     assert!(!target.exists(), "{} is never written again", target.display());
     let store = open(&target, FIXTURE_KEY).unwrap();
-    let first = import(&store, &Disk(sample().0[..FRAME_LEN].to_vec()));
+    let first = import(&store, &MemoryDisk(sample().0[..FRAME_LEN].to_vec()));
     store.add_data_key().unwrap();
     let digest = import(&store, &sample());
     store.put_attachment(&digest, AttachmentKind::BootTrace, b"a trace").unwrap();

@@ -6,36 +6,14 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "helpers of tests are tests")]
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use bulbil_store::{Digest, DiskSource, ImportObserver, ImportReport, SourceError, Store, StoreUsage};
+use bulbil_store::{Digest, ImportReport, Store, StoreUsage};
+use bulbil_testkit::MemoryDisk;
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
 
 const FIRST: &str = "sha256:8691a3a4a2ff44b8e82ade5556c9cc35f6edc82c518b788a69e5de94de8bdb38";
 const SECOND: &str = "sha256:da5af69481b1f0c058c44ada36ba8cf6c09d39e68a352a3b0e0c2657e3c7170a";
-
-/// A disk in memory.
-struct Disk(Vec<u8>);
-
-impl DiskSource for Disk {
-    fn size_bytes(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, SourceError> {
-        Ok((offset < self.size_bytes()).then(|| offset..self.size_bytes()))
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        buf.copy_from_slice(&self.0[offset as usize..offset as usize + buf.len()]);
-        Ok(())
-    }
-}
-
-impl ImportObserver for Disk {
-    fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
-}
 
 /// Blocks that compress, each another one.
 fn text(first: u32, blocks: u32) -> Vec<u8> {
@@ -57,24 +35,24 @@ fn noise(seed: u64, blocks: usize) -> Vec<u8> {
 
 /// A frame that compresses, a hole, a frame that does not compress, a block that is there twice, a
 /// hole at the end.
-fn first_disk() -> Disk {
+fn first_disk() -> MemoryDisk {
     let mut bytes = text(0, 32);
     bytes.resize(300 << 10, 0);
     bytes.extend(noise(1, 7));
     bytes.extend(text(3, 1));
     bytes.resize(2 << 20, 0);
-    Disk(bytes)
+    MemoryDisk(bytes)
 }
 
 /// Blocks of the first disk at other places, blocks of its own, and an end within a block.
-fn second_disk() -> Disk {
+fn second_disk() -> MemoryDisk {
     let mut bytes = text(100, 3);
     bytes.extend(text(8, 20));
     bytes.resize(1 << 20, 0);
     bytes.extend(&noise(1, 7)[2 * BLOCK_LEN..]);
     bytes.extend(noise(2, 2));
     bytes.extend(&text(200, 1)[..1536]);
-    Disk(bytes)
+    MemoryDisk(bytes)
 }
 
 fn fixture() -> PathBuf {
@@ -128,11 +106,11 @@ fn read_disk(store: &Store, digest: &Digest) -> Vec<u8> {
     bytes
 }
 
-fn import(store: &Store, disk: &Disk) -> ImportReport {
+fn import(store: &Store, disk: &MemoryDisk) -> ImportReport {
     store.import(disk, disk).unwrap()
 }
 
-fn known_disks() -> [(Digest, Disk); 2] {
+fn known_disks() -> [(Digest, MemoryDisk); 2] {
     [(FIRST.parse().unwrap(), first_disk()), (SECOND.parse().unwrap(), second_disk())]
 }
 
@@ -163,7 +141,7 @@ fn a_store_of_version_1_recognises_its_content() {
         assert_eq!((report.digest, report.existed, report.stored_bytes), (digest, true, 0));
     }
     assert_eq!(store.usage().unwrap(), before);
-    let moved = Disk([text(8, 20), text(300, 1), noise(2, 2)].concat());
+    let moved = MemoryDisk([text(8, 20), text(300, 1), noise(2, 2)].concat());
     let report = import(&store, &moved);
     assert_eq!(report.new_bytes, BLOCK_BYTES, "blocks of old packs are not stored again");
     assert!(read_disk(&store, &report.digest) == moved.0);

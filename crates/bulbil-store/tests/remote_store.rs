@@ -1,54 +1,28 @@
 //! Stores behind an S3 server: imports, and what a bad network does to them.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic and makes small numbers")]
 
-use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
 use bulbil_store::{
-    Digest, DiskSource, ImportObserver, ImportReport, OwnerId, RemoteOptions, SourceError, Store, StoreError,
-    StoreErrorKind, StoreLocation, StoreOptions, open_objects,
+    Digest, ImportReport, OwnerId, RemoteOptions, Store, StoreError, StoreErrorKind, StoreLocation, StoreOptions,
+    open_objects,
 };
-use bulbil_testkit::{Fault, HttpFaultProxy, HttpFaultRates, ProxyOptions, Rng, S3Server};
+use bulbil_testkit::{Fault, HttpFaultProxy, HttpFaultRates, MemoryDisk, ProxyOptions, Rng, S3Server};
 use bulbil_types::BLOCK_LEN;
 
 /// Rounds of the campaign, more where this variable says so.
 const ROUNDS_VARIABLE: &str = "BULBIL_S3_FAULT_ROUNDS";
 
-struct Disk(Vec<u8>);
-
-impl Disk {
-    /// Data that compresses a little, with holes.
-    fn new(seed: u64, len: usize) -> Self {
-        let mut rng = Rng::new(seed);
-        let mut bytes = vec![0; len];
-        for piece in bytes.chunks_mut(300_000).step_by(2) {
-            let noise = rng.bytes(piece.len() / 2);
-            piece[..noise.len()].copy_from_slice(&noise);
-        }
-        Self(bytes)
+/// Data that compresses a little, with holes.
+fn disk(seed: u64, len: usize) -> MemoryDisk {
+    let mut rng = Rng::new(seed);
+    let mut bytes = vec![0; len];
+    for piece in bytes.chunks_mut(300_000).step_by(2) {
+        let noise = rng.bytes(piece.len() / 2);
+        piece[..noise.len()].copy_from_slice(&noise);
     }
-}
-
-impl DiskSource for Disk {
-    fn size_bytes(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, SourceError> {
-        Ok((offset < self.size_bytes()).then(|| offset..self.size_bytes()))
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        buf.copy_from_slice(&self.0[offset as usize..offset as usize + buf.len()]);
-        Ok(())
-    }
-}
-
-struct Nobody;
-
-impl ImportObserver for Nobody {
-    fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
+    MemoryDisk(bytes)
 }
 
 fn open(location: &StoreLocation, state: &Path, options: &RemoteOptions) -> Result<Store, StoreError> {
@@ -57,8 +31,8 @@ fn open(location: &StoreLocation, state: &Path, options: &RemoteOptions) -> Resu
     Store::open(open_objects(location, options)?, options_of_store)
 }
 
-fn import(store: &Store, disk: &Disk) -> Result<ImportReport, StoreError> {
-    store.import(disk, &Nobody)
+fn import(store: &Store, disk: &MemoryDisk) -> Result<ImportReport, StoreError> {
+    store.import(disk, disk)
 }
 
 /// Reads the whole disk back through its manifest.
@@ -83,7 +57,7 @@ fn an_import_into_a_bucket_reads_back_and_is_shared() {
     let server = S3Server::start();
     let state = tempfile::tempdir().unwrap();
     let store = open(&server.location("images"), &state.path().join("a"), &S3Server::options()).unwrap();
-    let disk = Disk::new(1, 6 << 20);
+    let disk = disk(1, 6 << 20);
     let report = import(&store, &disk).unwrap();
     assert!(!report.existed);
     // Another host has no index and no cache: everything comes from the bucket.
@@ -109,7 +83,7 @@ fn check_round(seed: u64) {
         ..S3Server::options()
     };
     let bad = S3Server::location_at(&proxy.endpoint(), "p");
-    let disks: Vec<_> = (0..3).map(|i| Disk::new(seed * 10 + i, 2 << 20)).collect();
+    let disks: Vec<_> = (0..3).map(|i| disk(seed * 10 + i, 2 << 20)).collect();
     let mut reports = Vec::new();
     for disk in &disks {
         let attempt = open(&bad, &state.path().join("index"), &options).and_then(|store| {
@@ -156,7 +130,7 @@ fn a_read_whose_bytes_changed_on_the_way_is_an_error_that_does_not_stay() {
     let state = tempfile::tempdir().unwrap();
     let location = S3Server::location_at(&proxy.endpoint(), "p");
     let store = open(&location, state.path(), &S3Server::options()).unwrap();
-    let disk = Disk::new(5, 1 << 20);
+    let disk = disk(5, 1 << 20);
     let digest = import(&store, &disk).unwrap().digest;
     let manifest = store.manifest(&digest).unwrap();
     store.read_frame(&manifest.packs()[0], 0).unwrap();

@@ -12,43 +12,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use bulbil_testkit::{DiskOracle, PowerLossDirectory, Rng, tagged};
+use bulbil_testkit::{DiskOracle, Rng, tagged};
 use bulbil_volume::{BlockDevice as _, HostDirectory};
-use support::{Image, SECTORS, read_all, step};
+use support::{Image, SECTORS, crash_again_and_again, read_all};
 
 #[test]
 fn nothing_acknowledged_is_lost_at_2000_random_points_of_power_loss_and_kill() {
     let dir = tempfile::tempdir().unwrap();
     let image = Image::make(dir.path());
-    let (mut crashes, mut tag) = (0, 1 << 32);
-    for seed in 0..200 {
-        let mut rng = Rng::new(seed);
-        let directory = PowerLossDirectory::default();
-        let mut oracle = DiskOracle::new(&image.content);
-        for _ in 0..10 {
-            let volume = image.volume(Arc::new(directory.clone()));
-            directory.set_fuse(rng.below(120));
-            loop {
-                tag += 1;
-                if !step(&volume, &mut oracle, &mut rng, tag) {
-                    break;
-                }
-                let mut content = vec![0; image.content.len()];
-                if rng.one_in(20) && volume.read_at(&mut content, 0).is_ok() {
-                    oracle.check_running(&content).unwrap_or_else(|e| panic!("seed {seed}, running: {e}"));
-                }
-            }
-            assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
-            if rng.one_in(3) {
-                directory.kill_process()
-            } else {
-                directory.lose_power(&mut rng)
-            }
-            crashes += 1;
-            let content = read_all(&image.volume(Arc::new(directory.clone())));
-            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
-        }
-    }
+    let crashes = crash_again_and_again(&image, 200);
     assert_eq!(crashes, 2000);
 }
 

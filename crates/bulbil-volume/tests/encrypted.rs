@@ -1,21 +1,19 @@
 //! Overlays of an encrypted store: what the host sees, and crashes.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
+mod support;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bulbil_store::{DirObjects, Manifest, OwnerId, Store, StoreKey, StoreOptions};
-use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
+use bulbil_store::{DirObjects, OwnerId, Store, StoreKey, StoreOptions};
+use bulbil_testkit::{PowerLossDirectory, Rng, tagged};
 use bulbil_types::VolumeId;
-use bulbil_volume::{
-    BaseCache, BlockDevice as _, HostDirectory, StorageDirectory, Volume, VolumeDirectory, VolumeErrorKind,
-    open_for_store,
-};
-
-const SECTORS: u64 = 96 * 8;
+use bulbil_volume::{BlockDevice as _, HostDirectory, Volume, VolumeDirectory, VolumeErrorKind, open_for_store};
+use support::{Image, crash_again_and_again, read_all};
 
 fn open_store(directory: &Path, key: u8) -> Arc<Store> {
     let options = StoreOptions::new(&directory.join("index"), OwnerId::default());
@@ -23,114 +21,23 @@ fn open_store(directory: &Path, key: u8) -> Arc<Store> {
     Arc::new(Store::open(Arc::new(DirObjects::open(directory).unwrap()), options).unwrap())
 }
 
-/// An image of tagged sectors, half of it zero, in an encrypted store of its own.
-struct Image {
-    store: Arc<Store>,
-    cache: Arc<BaseCache>,
-    manifest: Manifest,
-    content: Vec<u8>,
-}
-
-impl Image {
-    fn make(directory: &Path) -> Self {
-        Self::make_in(directory, open_store(&directory.join("store"), 1))
-    }
-
-    fn make_in(directory: &Path, store: Arc<Store>) -> Self {
-        let mut content = Vec::new();
-        for block in 0..SECTORS / 8 {
-            content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
-        }
-        let disk = MemoryDisk(content.clone());
-        let report = store.import(&disk, &disk).unwrap();
-        let manifest = store.manifest(&report.digest).unwrap();
-        let cache = Arc::new(BaseCache::open(&directory.join("cache")).unwrap());
-        Self { store, cache, manifest, content }
-    }
-
-    fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
-        let size_bytes = self.content.len() as u64;
-        let directory = open_for_store(directory, &self.store).unwrap();
-        Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
-    }
-}
-
-fn read_all(volume: &Volume) -> Vec<u8> {
-    let mut content = vec![0; volume.size_bytes() as usize];
-    volume.read_at(&mut content, 0).unwrap();
-    content
-}
-
-/// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
-fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
-    let first = rng.below(SECTORS);
-    let longest = if rng.one_in(4) { 80 } else { 12 };
-    let sectors = (1 + rng.below(longest)).min(SECTORS - first);
-    let (offset, len_bytes) = (first * 512, sectors * 512);
-    let fua = rng.one_in(8);
-    let done = match rng.below(10) {
-        0..=6 => {
-            oracle.write(first, sectors, tag);
-            volume.write_at(&tagged(tag, sectors as usize), offset, fua)
-        }
-        7 => {
-            oracle.write(first, sectors, 0);
-            volume.write_zeroes(offset, len_bytes, fua)
-        }
-        _ => {
-            let flushed = volume.flush().is_ok();
-            if flushed {
-                oracle.flushed();
-            }
-            return flushed;
-        }
-    };
-    if done.is_ok() && fua {
-        oracle.flushed();
-    }
-    done.is_ok()
+/// An image in an encrypted store of its own.
+fn encrypted_image(directory: &Path) -> Image {
+    Image::make_in(directory, open_store(&directory.join("store"), 1))
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_of_an_encrypted_overlay_at_1000_crashes() {
     let dir = tempfile::tempdir().unwrap();
-    let image = Image::make(dir.path());
-    let (mut crashes, mut tag) = (0, 1 << 32);
-    for seed in 0..100 {
-        let mut rng = Rng::new(seed);
-        let directory = PowerLossDirectory::default();
-        let mut oracle = DiskOracle::new(&image.content);
-        for _ in 0..10 {
-            let volume = image.volume(Arc::new(directory.clone()));
-            directory.set_fuse(rng.below(120));
-            loop {
-                tag += 1;
-                if !step(&volume, &mut oracle, &mut rng, tag) {
-                    break;
-                }
-                let mut content = vec![0; image.content.len()];
-                if rng.one_in(20) && volume.read_at(&mut content, 0).is_ok() {
-                    oracle.check_running(&content).unwrap_or_else(|e| panic!("seed {seed}, running: {e}"));
-                }
-            }
-            assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
-            if rng.one_in(3) {
-                directory.kill_process();
-            } else {
-                directory.lose_power(&mut rng);
-            }
-            crashes += 1;
-            let content = read_all(&image.volume(Arc::new(directory.clone())));
-            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
-        }
-    }
+    let image = encrypted_image(dir.path());
+    let crashes = crash_again_and_again(&image, 100);
     assert_eq!(crashes, 1000);
 }
 
 #[test]
 fn a_crash_while_the_key_of_an_overlay_is_made_does_no_harm() {
     let dir = tempfile::tempdir().unwrap();
-    let image = Image::make(dir.path());
+    let image = encrypted_image(dir.path());
     for seed in 0..200 {
         let mut rng = Rng::new(seed);
         let directory = PowerLossDirectory::default();

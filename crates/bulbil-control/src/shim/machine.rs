@@ -49,9 +49,6 @@ impl ServedDisk {
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
         let volume = open_volume(&volumes, &record.volume_id, &Arc::new(store), &Arc::new(cache))
             .map_err(|e| failed("cannot open the root disk")(&e))?;
-        // What earlier boots of the image have read comes before this one asks for it; the first boots tell what that is.
-        volume.start_prefetch();
-        volume.start_recording();
         Ok(Self { volume: Arc::new(volume), server: None })
     }
 

@@ -13,7 +13,7 @@ use super::{ShimAnswer, ShimRequest, answer_line};
 use crate::content_lease::without_removals;
 use crate::data_dir::DataDir;
 use crate::error::{ControlError, ErrorCode};
-use crate::volume_ops::{self, TakenContent};
+use crate::volume_ops::{self, TakenContent, blocking};
 
 /// The name of the disk in QEMU.
 pub(super) const DISK_NODE: &str = "disk0";
@@ -142,11 +142,4 @@ fn line<T: serde::Serialize>(done: Result<T, ControlError>) -> Vec<u8> {
         Ok(value) => ShimAnswer::Done(value),
         Err(error) => ShimAnswer::Failed(error),
     })
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
-) -> Result<T, ControlError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| ControlError::with_source(ErrorCode::Failed, "the work on the volume broke off", &e))?
 }

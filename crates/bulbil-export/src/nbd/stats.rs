@@ -1,6 +1,6 @@
 //! Counters of a server's work.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::wire::request::Command;
 
@@ -34,19 +34,6 @@ pub struct Stats {
     pub slow_requests: u64,
 }
 
-macro_rules! counters {
-    ($($field:ident),* $(,)?) => {
-        #[derive(Debug, Default)]
-        pub(super) struct Counters { $(pub(super) $field: AtomicU64),* }
-
-        impl Counters {
-            pub(super) fn snapshot(&self) -> Stats {
-                Stats { $($field: self.$field.load(Relaxed)),* }
-            }
-        }
-    };
-}
-
 counters!(
     connections,
     reads,
@@ -63,10 +50,6 @@ counters!(
 );
 
 impl Counters {
-    pub(super) fn count(counter: &AtomicU64) {
-        counter.fetch_add(1, Relaxed);
-    }
-
     pub(super) fn count_request(&self, command: Command, len_bytes: u32) {
         let counter = match command {
             Command::Read => {

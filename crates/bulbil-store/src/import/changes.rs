@@ -20,7 +20,7 @@ use super::{
 use crate::digest::Digest;
 use crate::error::{StoreError, StoreErrorKind};
 use crate::lease::WriteLease;
-use crate::manifest::{Extent, Manifest, PackRef};
+use crate::manifest::{Extent, Manifest, PackRef, push_run};
 use crate::matching::Location;
 use crate::store::Store;
 
@@ -227,18 +227,4 @@ impl Import<'_> {
         self.carried_packs.insert(number, *pack);
         Ok(number)
     }
-}
-
-/// Adds a run of blocks, to the last extent where it follows that.
-fn push_run(extents: &mut Vec<Extent>, run: Extent) {
-    if let Some(last) = extents.last_mut()
-        && last.end_block() == run.first_block
-        && last.pack == run.pack
-        && last.block_in_pack + last.blocks == run.block_in_pack
-        && last.blocks + run.blocks <= 0x1_0000
-    {
-        last.blocks += run.blocks;
-        return;
-    }
-    extents.push(run);
 }

@@ -2,36 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use bulbil_store::{
-    Digest, DirObjects, DiskSource, ImportObserver, Objects, SourceError, Store, StoreError, StoreErrorKind,
-};
+use bulbil_store::{Digest, DirObjects, Objects, Store, StoreError, StoreErrorKind};
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
-
-/// A disk in memory.
-pub(crate) struct Disk(pub(crate) Vec<u8>);
-
-impl DiskSource for Disk {
-    fn size_bytes(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>, SourceError> {
-        Ok((offset < self.size_bytes()).then(|| offset..self.size_bytes()))
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        buf.copy_from_slice(&self.0[offset as usize..offset as usize + buf.len()]);
-        Ok(())
-    }
-}
-
-impl ImportObserver for Disk {
-    fn progress(&self, _done_bytes: u64, _total_bytes: u64, _stored_bytes: u64) {}
-}
 
 /// Blocks that compress, each another one.
 pub(crate) fn text(first: u32, blocks: u32) -> Vec<u8> {

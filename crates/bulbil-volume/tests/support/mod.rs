@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bulbil_store::{Manifest, Store};
-use bulbil_testkit::{DiskOracle, MemoryDisk, Rng, tagged};
-use bulbil_volume::{BaseCache, BlockDevice as _, StorageDirectory, Volume};
+use bulbil_testkit::{DiskOracle, MemoryDisk, PowerLossDirectory, Rng, tagged};
+use bulbil_volume::{BaseCache, BlockDevice as _, StorageDirectory, Volume, open_for_store};
 
 /// Sectors of the image.
 pub const SECTORS: u64 = 96 * 8;
@@ -27,11 +27,14 @@ pub struct Image {
 
 impl Image {
     pub fn make(directory: &Path) -> Self {
+        Self::make_in(directory, Arc::new(Store::open_or_create(&directory.join("store")).unwrap()))
+    }
+
+    pub fn make_in(directory: &Path, store: Arc<Store>) -> Self {
         let mut content = Vec::new();
         for block in 0..SECTORS / 8 {
             content.extend(if block % 3 == 0 { vec![0; 4096] } else { tagged(1000 + block, 8) });
         }
-        let store = Arc::new(Store::open_or_create(&directory.join("store")).unwrap());
         let disk = MemoryDisk(content.clone());
         let report = store.import(&disk, &disk).unwrap();
         let manifest = store.manifest(&report.digest).unwrap();
@@ -41,6 +44,7 @@ impl Image {
 
     pub fn volume(&self, directory: Arc<dyn StorageDirectory>) -> Volume {
         let size_bytes = self.content.len() as u64;
+        let directory = open_for_store(directory, &self.store).unwrap();
         Volume::over_image(size_bytes, self.manifest.clone(), &self.store, &self.cache, directory).unwrap()
     }
 }
@@ -95,4 +99,39 @@ pub fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -
         oracle.flushed();
     }
     true
+}
+
+/// Writes to a volume and cuts it off at random points, ten times for each seed: nothing that was acknowledged is lost.
+/// Returns the number of crashes.
+pub fn crash_again_and_again(image: &Image, seeds: u64) -> u32 {
+    let (mut crashes, mut tag) = (0, 1 << 32);
+    for seed in 0..seeds {
+        let mut rng = Rng::new(seed);
+        let directory = PowerLossDirectory::default();
+        let mut oracle = DiskOracle::new(&image.content);
+        for _ in 0..10 {
+            let volume = image.volume(Arc::new(directory.clone()));
+            directory.set_fuse(rng.below(120));
+            loop {
+                tag += 1;
+                if !step(&volume, &mut oracle, &mut rng, tag) {
+                    break;
+                }
+                let mut content = vec![0; image.content.len()];
+                if rng.one_in(20) && volume.read_at(&mut content, 0).is_ok() {
+                    oracle.check_running(&content).unwrap_or_else(|e| panic!("seed {seed}, running: {e}"));
+                }
+            }
+            assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
+            if rng.one_in(3) {
+                directory.kill_process();
+            } else {
+                directory.lose_power(&mut rng);
+            }
+            crashes += 1;
+            let content = read_all(&image.volume(Arc::new(directory.clone())));
+            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
+        }
+    }
+    crashes
 }
