@@ -1,7 +1,7 @@
 //! `cargo xtask soak`: a guest that writes and verifies for long, while its disks' servers are disturbed.
 //!
-//! One guest has two volumes of one image, one by NBD and one by vhost-user-blk. fio writes, trims and
-//! verifies on both. Meanwhile snapshots are taken, and each server is killed and started again twice.
+//! One guest has two volumes of one image, one by NBD and one by vhost-user-blk. fio writes and
+//! verifies on both, and parts are discarded. Meanwhile snapshots are taken, and each server is killed and started again twice.
 //! It passes when the guest saw no error and no wrong byte.
 
 use std::path::{Path, PathBuf};
@@ -100,18 +100,38 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     std::fs::remove_dir_all(&bed.work).with_context(|| format!("cannot remove {}", bed.work.display()))
 }
 
-/// What the guest does: each disk has a fio of its own, which stops at the first wrong byte.
+/// What the guest does: on each disk fio writes at random and verifies until the time is over. Beside it another part
+/// is filled again and again, and half of it discarded: that half must read as zero, the other one as it was.
 fn job(seconds: u32) -> String {
-    let fio = |disk: &str| {
-        format!(
-            "fio --name={disk} --filename=/dev/{disk} --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite \\
-             --bsrange=4k-64k --size=384M --offset=1G --fsync=64 --verify=crc32c --verify_fatal=1 \\
-             --verify_backlog=512 --trim_percentage=10 --trim_backlog=64 --trim_verify_zero=1 \\
-             --time_based --runtime={seconds} --output=/tmp/{disk}.log"
-        )
-    };
-    let run = |disk: &str| format!("( {}; echo \"SOAK {disk} status $?\" ) &\n", fio(disk));
-    format!("{}{}wait\ngrep -E 'err=|verify|issued' /tmp/*.log\n", run("vda"), run("vdb"))
+    let script = r#"
+fio_on() { disk=$1; shift; fio --filename=/dev/$disk --direct=1 --ioengine=io_uring --verify=crc32c --verify_fatal=1 "$@"; }
+random() {
+    fio_on $1 --name=random --iodepth=16 --rw=randwrite --bsrange=4k-64k --size=384M --offset=1G --fsync=64 \
+        --verify_backlog=512 --time_based --runtime=SECONDS --output=/tmp/$1.random
+    echo "SOAK $1 random status $?"
+}
+kept() { fio_on $1 --name=kept --rw=write --bs=64k --size=16M --offset=1616M --fsync=1 --output=/tmp/$1.kept $2; }
+discards() {
+    rounds=0
+    while [ ! -e /tmp/end ]; do
+        fio_on $1 --name=gone --rw=write --bs=64k --size=16M --offset=1600M --output=/tmp/$1.gone || break
+        kept $1 || break
+        blkdiscard -o 1677721600 -l 16777216 /dev/$1 || break
+        left=$(dd if=/dev/$1 bs=1M skip=1600 count=16 iflag=direct 2>/tmp/$1.dd | tr -d '\000' | wc -c)
+        [ "$left" = 0 ] || { echo "$left bytes that were discarded are not zero"; break; }
+        kept $1 --verify_only || break
+        rounds=$((rounds + 1))
+    done
+    [ -e /tmp/end ] && [ $rounds -gt 0 ]
+    echo "SOAK $1 discards status $? after $rounds rounds"
+}
+for disk in vda vdb; do random $disk & discards $disk & done
+sleep SECONDS
+touch /tmp/end
+wait
+grep -E 'err=|issued' /tmp/*.random
+"#;
+    script.replace("SECONDS", &seconds.to_string())
 }
 
 /// Disturbs the servers while the machine runs; an error when it does not end by itself.
@@ -138,12 +158,12 @@ fn watch(machine: &mut Child, seconds: u32, served: &mut [Served]) -> Result<()>
 fn judge(console: &Path) -> Result<()> {
     let text = std::fs::read(console).with_context(|| format!("cannot read {}", console.display()))?;
     let text = String::from_utf8_lossy(&text);
-    for disk in ["vda", "vdb"] {
-        if !text.contains(&format!("SOAK {disk} status 0")) {
-            bail!("fio on {disk} failed; the guest's console is {}:\n{text}", console.display());
+    for work in ["vda random", "vda discards", "vdb random", "vdb discards"] {
+        if !text.contains(&format!("SOAK {work} status 0")) {
+            bail!("{work} failed in the guest, whose console is {}:\n{text}", console.display());
         }
     }
-    for line in text.lines().filter(|line| line.contains("err=") || line.contains("issued")) {
+    for line in text.lines().filter(|line| ["err=", "issued", "SOAK"].iter().any(|word| line.contains(word))) {
         say(line.trim_end());
     }
     Ok(())

@@ -365,6 +365,26 @@ mod tests {
     }
 
     #[test]
+    fn the_format_never_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = BlockIndex::open(dir.path()).unwrap();
+        index.add_pack(IndexedPack { id: PackId([0xcd; 16]), len_bytes: 0x0102_0304 }).unwrap();
+        // The upper six bits of the eighth byte choose page 1 + 5.
+        let hash = [0, 1, 2, 3, 4, 5, 6, 0x17, 8, 9, 10, 11, 12, 13, 14, 15];
+        index.insert(&hash, Location { pack: 0, block: 0x0201 }).unwrap();
+        index.end_changes().unwrap();
+        let mut blocks = vec![0; 65 * 4096];
+        let head = [b"BULBINDX", &[1, 0, 0, 0, 6, 0, 0, 0][..], &1_u64.to_le_bytes(), &[1, 0, 0, 0]].concat();
+        blocks[..28].copy_from_slice(&head);
+        blocks[6 * 4096] = 1;
+        let entry = [&hash[..8], &[0, 0, 0, 0, 1, 2, 0, 0]].concat();
+        blocks[6 * 4096 + 16..][..16].copy_from_slice(&entry);
+        assert!(std::fs::read(dir.path().join("blocks")).unwrap() == blocks);
+        let packs = [&[0xcd; 16][..], &[4, 3, 2, 1, 0, 0, 0, 0]].concat();
+        assert_eq!(std::fs::read(dir.path().join("packs")).unwrap(), packs);
+    }
+
+    #[test]
     fn an_index_that_was_not_finished_is_empty_when_opened_again() {
         let dir = tempfile::tempdir().unwrap();
         let mut index = BlockIndex::open(dir.path()).unwrap();

@@ -275,6 +275,20 @@ mod tests {
     }
 
     #[test]
+    fn the_format_never_changes() {
+        let encoded = sample().encode().unwrap();
+        // What zstd makes of the body may change, the format around it may not.
+        assert_eq!(encoded[..64], GOLDEN[..64]);
+        let body = |bytes: &[u8]| zstd::bulk::decompress(&bytes[72..bytes.len() - 32], 4096).unwrap();
+        assert_eq!(body(&encoded), body(GOLDEN));
+        assert_eq!(blake3::hash(&body(GOLDEN)).to_hex().as_str(), GOLDEN_BODY);
+        assert_eq!(Manifest::parse(GOLDEN).unwrap(), sample());
+    }
+
+    const GOLDEN: &[u8] = include_bytes!("../tests/fixtures/manifest-v1");
+    const GOLDEN_BODY: &str = "a6353d2c378881f0a8e11c0e108a5ef6b85fe76b7be66c7daa554e3c2abeec1e";
+
+    #[test]
     fn a_manifest_comes_back() {
         let manifest = sample();
         assert_eq!(Manifest::parse(&manifest.encode().unwrap()).unwrap(), manifest);
