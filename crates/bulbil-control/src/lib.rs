@@ -69,6 +69,7 @@ mod store_ops;
 mod store_scrub;
 mod store_stats;
 mod target;
+mod volume_clone;
 mod volume_model;
 mod volume_ops;
 mod volume_use;
