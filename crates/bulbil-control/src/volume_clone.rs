@@ -4,9 +4,9 @@
 //! row with the parent's base ─► files shared, by the shim or here ─► done
 //!                                     └── not possible ─► row taken back ─► content into the store ─► volume above it
 //! ```
-//! The base of a clone stays in the store: the lock on changes of images is held meanwhile, the clone's row names the
-//! base from before the clone is there, and its own record from then on. If the daemon dies, the shim goes on; the row
-//! is there by then.
+//! The base of a clone stays in the store: it is written into the clone's row while nobody can decide that nothing needs
+//! it. A snapshot of the parent that comes between moves the parent to another base, of which the clone's own record
+//! speaks: no content is given up while a snapshot is taken, and none by somebody who has not seen that record.
 
 use bulbil_types::{Name, VolumeId};
 
@@ -34,7 +34,13 @@ impl Control {
         }
         let parent = self.volume_record(wanted).await?;
         let instance = self.instance_of(&parent).await?;
+        match self.clone_by_sharing(&parent, instance.as_ref(), name.clone()).await {
+            Ok(Some(clone)) => return Ok(clone),
+            Err(error) if error.code() != ErrorCode::InUse => return Err(error),
+            Ok(None) | Err(_) => {}
+        }
         let _one_change_of_images = self.image_changes.lock().await;
+        // A snapshot of it that was under way is done.
         if let Some(clone) = self.clone_by_sharing(&parent, instance.as_ref(), name.clone()).await? {
             return Ok(clone);
         }
@@ -58,6 +64,8 @@ impl Control {
         instance: Option<&InstanceRecord>,
         name: Option<Name>,
     ) -> Result<Option<VolumeView>, ControlError> {
+        // Nobody decides meanwhile that nothing needs the base.
+        let content_stays = self.image_uses.lock().await;
         let record = self.volumes.record(&parent.id);
         let record = record.map_err(|e| volume_error(format!("cannot clone volume {}", parent.id), &e))?;
         let beginning = Beginning {
@@ -69,6 +77,7 @@ impl Control {
         };
         let mut clone = self.plan_volume(name, None, beginning)?;
         self.catalog.add_volume(&clone).await?;
+        drop(content_stays);
         let shared = self.share_files(parent, instance, &clone.id).await;
         if !matches!(shared, Ok(Some(_)))
             && let Err(left) = self.catalog.remove_volume(&clone.id).await

@@ -21,9 +21,9 @@ use crate::stack::{MAP_NAME, directory_name};
 use crate::storage::{HostDirectory, StorageDirectory};
 use crate::volume::{Volume, VolumeDirectory, lock_volume};
 
-/// A clone's own layers begin within 2^40 above its parent's: no two volumes take so many snapshots
-/// that they meet there.
-const DISTANCE_BITS: u32 = 40;
+/// A clone's own layers begin within 2^52 above its parent's: so far that no two of many clones, each
+/// of which goes on by one with a snapshot, ever meet; and a thousand clones of clones have room.
+const DISTANCE_BITS: u32 = 52;
 
 /// The file that holds the key of an encrypted overlay, see `encrypted`.
 const CIPHER_NAME: &str = "cipher";
