@@ -3,8 +3,8 @@
 //! ```text
 //! bench_volume create DATA_DIR DIGEST SIZE_BYTES             make a volume, print its id
 //! bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N     make N and print the microseconds of each
-//! bench_volume time-clones DATA_DIR VOLUME N               clone it N times and print the microseconds of each
-//! bench_volume time-live-clones DATA_DIR VOLUME N          the same of the open volume, with a write before each
+//! bench_volume time-clones DATA_DIR VOLUME N              clone it N times and print the microseconds of each
+//! bench_volume time-live-clones DATA_DIR VOLUME N         the same of an open clone of it, with a write before each
 //! bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N        open N, print the bytes of memory of each
 //! bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]
 //! ```
@@ -100,7 +100,9 @@ impl Volumes {
     /// Clones an open volume that is written to and flushed before each clone.
     fn clone_live(&self, id: &VolumeId, count: u32) -> Result<(), Box<dyn Error>> {
         let cache = Arc::new(open_cache(&self.data)?);
-        let volume = self.directory.open_volume(id, &self.store, &cache)?;
+        let parent = VolumeId::random();
+        self.directory.clone_volume(id, &parent)?.ok_or("the host's file system has no hard links")?;
+        let volume = self.directory.open_volume(&parent, &self.store, &cache)?;
         for number in 0..count {
             volume.write_at(&[7; 4096], u64::from(number) * 4096, true)?;
             let start = Instant::now();

@@ -59,13 +59,17 @@ fn cannot(errno: rustix::io::Errno) -> bool {
     [Errno::XDEV, Errno::PERM, Errno::MLINK, Errno::OPNOTSUPP, Errno::NOSYS].contains(&errno)
 }
 
-fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
+/// Syncs files and directories at the same time.
+pub(crate) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
     let each = paths.len().div_ceil(SYNCS_AT_A_TIME).max(1);
+    let (own, others) = paths.split_at(each.min(paths.len()));
     std::thread::scope(|scope| {
         let sync = |paths: &[PathBuf]| paths.iter().try_for_each(|path| sync_directory(path));
         let spawn = |paths| std::thread::Builder::new().spawn_scoped(scope, move || sync(paths));
-        let started: Vec<_> = paths.chunks(each).map(spawn).collect::<io::Result<_>>()?;
-        started.into_iter().map(|sync| sync.join().expect("a sync does not panic")).collect()
+        let started: Vec<_> = others.chunks(each).map(spawn).collect::<io::Result<_>>()?;
+        let synced = sync(own);
+        let all: io::Result<()> = started.into_iter().map(|sync| sync.join().expect("a sync does not panic")).collect();
+        synced.and(all)
     })
 }
 

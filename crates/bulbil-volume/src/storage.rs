@@ -143,10 +143,10 @@ impl HostDirectory {
     }
 
     /// Makes the directory, or takes one that an earlier attempt has made and perhaps not synced.
-    fn make(&self, parent: &Path) -> io::Result<()> {
+    fn make(&self) -> io::Result<()> {
         match std::fs::create_dir(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => sync_directory(parent),
+            _ => Ok(()),
         }
     }
 }
@@ -185,7 +185,8 @@ impl StorageDirectory for HostDirectory {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         if let Some(parent) = &self.parent {
-            self.make(parent)?;
+            self.make()?;
+            sync_directory(parent)?;
         }
         let file = self.create_file(name)?;
         sync_directory(&self.path)?;
@@ -196,11 +197,12 @@ impl StorageDirectory for HostDirectory {
         if names.is_empty() {
             return Ok(());
         }
-        if let Some(parent) = &self.parent {
-            self.make(parent)?;
+        if self.parent.is_some() {
+            self.make()?;
         }
         names.iter().try_for_each(|name| self.create_file(name).map(drop))?;
-        sync_directory(&self.path)
+        let directories: Vec<_> = std::iter::once(&self.path).chain(&self.parent).cloned().collect();
+        link::sync_all(&directories)
     }
 
     fn links(&self, name: &str) -> io::Result<Option<u64>> {

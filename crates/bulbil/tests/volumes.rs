@@ -383,6 +383,15 @@ fn the_root_volume_of_an_instance_is_a_volume_that_stays_with_it() {
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     assert!(run("nbdinfo", &["--size", &uri]).starts_with("8388608"));
     assert_eq!(home.json(&["show", "web"])["disk_bytes"], 8 * MIB);
+    let live_write = |pattern: &str| run("qemu-io", &["-f", "raw", "-c", &format!("write -P {pattern} 5M 1M"), &uri]);
+    for (name, pattern) in [("of-running", "0x5a"), ("again", "0x5b")] {
+        live_write(pattern);
+        home.ok(&["volume", "clone", "web", "--name", name]);
+    }
+    live_write("0x5c");
+    assert_content(&home, "of-running", 0x5a, 5 * MIB, MIB);
+    assert_content(&home, "again", 0x5b, 5 * MIB, MIB);
+    home.ok(&["volume", "rm", "of-running", "again"]);
     home.ok(&["stop", "web", "--force"]);
     // While it does not.
     write(&home, "web", 0xee, 7 * MIB, MIB);

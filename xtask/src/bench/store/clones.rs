@@ -78,7 +78,7 @@ impl Parent {
     ) -> Result<Self> {
         let base = bed.work.join(format!("{name}.qcow2"));
         timed(&mut convert_command(disk, &base))?;
-        timed(Command::new("qemu-img").args(["resize", "-q"]).arg(&base).arg(size))?;
+        timed(Command::new("qemu-img").args(["resize", "-q", "--shrink"]).arg(&base).arg(size))?;
         data.import(&base, name)?;
         let volume = data.bulbil_json(&["volume", "create", &format!("{name}-parent"), "--image", name])?;
         let volume = volume["id"].as_str().context("a volume without an id")?.to_owned();
