@@ -3,6 +3,8 @@
 //! ```text
 //! bench_volume create DATA_DIR DIGEST SIZE_BYTES             make a volume, print its id
 //! bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N     make N and print the microseconds of each
+//! bench_volume time-clones DATA_DIR VOLUME N              clone it N times and print the microseconds of each
+//! bench_volume time-live-clones DATA_DIR VOLUME N         the same of an open clone of it, with a write before each
 //! bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N        open N, print the bytes of memory of each
 //! bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]
 //! ```
@@ -25,6 +27,8 @@ use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
+       bench_volume time-clones DATA_DIR VOLUME N
+       bench_volume time-live-clones DATA_DIR VOLUME N
        bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N
        bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]";
 
@@ -43,6 +47,18 @@ fn main() -> Result<(), Box<dyn Error>> {
                 volumes.create(&digest, size_bytes)?;
                 writeln!(io::stdout(), "{}", start.elapsed().as_micros())?;
             }
+        }
+        ["time-clones", data, volume, count] => {
+            let (volumes, volume) = (Volumes::open(data)?, volume.parse()?);
+            for _ in 0..count.parse::<u32>()? {
+                let start = Instant::now();
+                let clone = volumes.directory.clone_volume(&volume, &VolumeId::random())?;
+                writeln!(io::stdout(), "{}", start.elapsed().as_micros())?;
+                clone.ok_or("the host's file system has no hard links")?;
+            }
+        }
+        ["time-live-clones", data, volume, count] => {
+            Volumes::open(data)?.clone_live(&volume.parse()?, count.parse()?)?;
         }
         ["open-many", data, digest, size_bytes, count] => {
             let each = Volumes::open(data)?.open_many(&digest.parse()?, size_bytes.parse()?, count.parse()?)?;
@@ -79,6 +95,25 @@ impl Volumes {
         let manifest = self.store.manifest(digest)?;
         self.directory.create(&id, size_bytes, Some(&manifest))?;
         Ok(id)
+    }
+
+    /// Clones an open volume that is written to and flushed before each clone.
+    fn clone_live(&self, id: &VolumeId, count: u32) -> Result<(), Box<dyn Error>> {
+        let cache = Arc::new(open_cache(&self.data)?);
+        let parent = VolumeId::random();
+        self.directory.clone_volume(id, &parent)?.ok_or("the host's file system has no hard links")?;
+        let volume = self.directory.open_volume(&parent, &self.store, &cache)?;
+        for number in 0..count {
+            volume.write_at(&[7; 4096], u64::from(number) * 4096, true)?;
+            let start = Instant::now();
+            if volume.clone_as(&VolumeId::random())?.is_none() {
+                // Eight layers are shared: the ninth clone is a snapshot first.
+                let taken = volume.snapshot(&Silent)?;
+                self.create(&taken.digest, taken.size_bytes)?;
+            }
+            writeln!(io::stdout(), "{}", start.elapsed().as_micros())?;
+        }
+        Ok(())
     }
 
     /// Memory that each of `count` open volumes takes, when each was read from once.

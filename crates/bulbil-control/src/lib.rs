@@ -33,7 +33,7 @@
 //! | `disk_file`, `conversion` | disk image files as such, without a store |
 //! | `target` | which image file to write, in words |
 //! | `instances` | launch, stop, start, remove |
-//! | `volumes` | volumes and snapshots: create, resize, snapshot, clone, remove; `volume_ops` is what is done to a content |
+//! | `volumes`, `volume_clone` | volumes and snapshots: create, resize, snapshot, remove; clone; `volume_ops` is what is done to a content |
 //! | `volume_use`, `content_lease` | volumes and images as devices of a process beside the daemon |
 //! | `model`, `volume_model` | the records and views that the API shows |
 //! | `shim` | the process beside each virtual machine |
@@ -69,6 +69,7 @@ mod store_ops;
 mod store_scrub;
 mod store_stats;
 mod target;
+mod volume_clone;
 mod volume_model;
 mod volume_ops;
 mod volume_use;

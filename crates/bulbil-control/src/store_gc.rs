@@ -185,15 +185,15 @@ impl Control {
     pub(crate) async fn give_up_unused(&self, dry_run: bool) -> Result<Vec<Digest>, ControlError> {
         // Without its manifest a content cannot be launched any more, so launches may go on afterwards.
         let no_new_use = Arc::clone(&self.image_uses).lock_owned().await;
+        let data = self.data.clone();
+        let broken = |e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e);
+        // What a shim does for a daemon that is gone is waited for: it may put a volume above another content.
+        let leased = tokio::task::spawn_blocking(move || leased_contents(&data)).await;
+        let (leased, no_new_lease) = leased.map_err(broken)??;
         let mut used: HashSet<_> = self.catalog.images().await?.into_iter().map(|image| image.digest).collect();
         used.extend(self.catalog.instances().await?.into_iter().map(|(record, _)| record.image_digest));
         used.extend(self.contents_in_use());
         used.extend(self.contents_of_volumes().await?);
-        let data = self.data.clone();
-        let broken = |e| ControlError::with_source(ErrorCode::Failed, "the sweep broke off", &e);
-        // A snapshot that a shim takes for a daemon that is gone is waited for.
-        let leased = tokio::task::spawn_blocking(move || leased_contents(&data)).await;
-        let (leased, no_new_lease) = leased.map_err(broken)??;
         used.extend(leased);
         let store = Arc::clone(&self.store);
         let given_up = tokio::task::spawn_blocking(move || {

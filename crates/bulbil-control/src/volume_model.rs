@@ -23,7 +23,7 @@ pub struct VolumeRecord {
     pub snapshot_id: Option<SnapshotId>,
     /// The volume it is a clone of.
     pub cloned_from: Option<VolumeId>,
-    /// The content it was made from; `None` for a disk of zeroes.
+    /// The content it was made from, of a clone the one that its parent lay above; `None` for a disk of zeroes.
     pub digest: Option<Digest>,
     /// When it was made, in seconds since 1970.
     pub created_at: i64,
@@ -61,7 +61,7 @@ pub struct VolumeView {
     pub state: VolumeState,
     /// The name of the instance whose root volume it is.
     pub instance: Option<Name>,
-    /// Bytes that its own writes take on this host.
+    /// Bytes that its own writes take on this host; of what clones share each has its part.
     pub used_bytes: u64,
 }
 

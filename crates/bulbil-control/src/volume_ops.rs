@@ -30,9 +30,13 @@ pub(crate) fn open_volume(
     store: &Arc<Store>,
     cache: &Arc<BaseCache>,
 ) -> Result<Volume, VolumeError> {
+    once_let_go(|| volumes.open_volume(id, store, cache))
+}
+
+fn once_let_go<T>(mut attempt: impl FnMut() -> Result<T, VolumeError>) -> Result<T, VolumeError> {
     let deadline = Instant::now() + IN_USE_LIMIT;
     loop {
-        match volumes.open_volume(id, store, cache) {
+        match attempt() {
             Err(e) if e.kind() == VolumeErrorKind::InUse && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -51,6 +55,23 @@ pub(crate) fn snapshot_closed(
     let volume = open_volume(volumes, id, store, cache);
     let volume = volume.map_err(|e| volume_error(format!("cannot take a snapshot of volume {id}"), &e))?;
     snapshot_open(&volume)
+}
+
+/// Makes a clone of a volume that nothing has open, and gives its size in bytes; `None` when files cannot be shared.
+pub(crate) fn clone_closed(
+    volumes: &VolumeDirectory,
+    id: &VolumeId,
+    clone: &VolumeId,
+) -> Result<Option<u64>, ControlError> {
+    let made = once_let_go(|| volumes.clone_volume(id, clone));
+    let made = made.map_err(|e| volume_error(format!("cannot clone volume {id}"), &e))?;
+    Ok(made.map(|record| record.size_bytes))
+}
+
+/// Makes a clone of an open volume while it is written to, as [`clone_closed`].
+pub(crate) fn clone_open(volume: &Volume, clone: &VolumeId) -> Result<Option<u64>, ControlError> {
+    let made = volume.clone_as(clone).map_err(|e| volume_error("cannot clone the volume", &e))?;
+    Ok(made.map(|record| record.size_bytes))
 }
 
 /// Takes a snapshot of an open volume while it is written to.

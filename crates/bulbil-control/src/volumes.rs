@@ -1,4 +1,4 @@
-//! Volumes and snapshots: create, list, resize, snapshot, clone, remove.
+//! Volumes and snapshots: create, list, resize, snapshot, remove.
 //!
 //! A snapshot is a content in the store, taken of a volume at one moment; the volume goes on above it. It is consistent
 //! as after a loss of power: what the guest had flushed is in it, and a journal may have to be replayed. A running
@@ -18,19 +18,19 @@ use crate::catalog_volumes::snapshot_name_taken;
 use crate::control::{Control, now};
 use crate::data_dir::replace_file;
 use crate::error::{ControlError, ErrorCode};
-use crate::model::{InstanceRecord, InstanceState};
+use crate::model::{InstanceRecord, InstanceState, InstanceView};
 use crate::shim::{self, ShimRequest};
 use crate::store_ops::open_cache;
 use crate::volume_model::{SnapshotRecord, VolumeRecord, VolumeRequest, VolumeState, VolumeView};
 use crate::volume_ops::{self, TakenContent, blocking, volume_error};
 
 /// What a new volume begins as.
-struct Beginning {
-    digest: Option<Digest>,
-    size_bytes: u64,
-    image: Option<String>,
-    snapshot_id: Option<SnapshotId>,
-    cloned_from: Option<VolumeId>,
+pub(crate) struct Beginning {
+    pub(crate) digest: Option<Digest>,
+    pub(crate) size_bytes: u64,
+    pub(crate) image: Option<String>,
+    pub(crate) snapshot_id: Option<SnapshotId>,
+    pub(crate) cloned_from: Option<VolumeId>,
 }
 
 impl Control {
@@ -78,7 +78,7 @@ impl Control {
         self.make_volume(record).await
     }
 
-    fn plan_volume(
+    pub(crate) fn plan_volume(
         &self,
         name: Option<Name>,
         size_bytes: Option<u64>,
@@ -113,7 +113,7 @@ impl Control {
     }
 
     /// Makes the files of a volume whose row is there; takes the row back when it cannot.
-    async fn make_volume(&self, record: VolumeRecord) -> Result<VolumeView, ControlError> {
+    pub(crate) async fn make_volume(&self, record: VolumeRecord) -> Result<VolumeView, ControlError> {
         let (store, volumes, planned) = (Arc::clone(&self.store), self.volumes.clone(), record.clone());
         let made = tokio::task::spawn_blocking(move || {
             let what = format!("cannot create volume {}", planned.id);
@@ -130,7 +130,7 @@ impl Control {
             return Err(error);
         }
         tracing::info!(volume = %record.id, "volume created");
-        self.volume(record.id.as_str()).await
+        self.volume_view(record).await
     }
 
     /// Lists all volumes, oldest first.
@@ -142,20 +142,33 @@ impl Control {
         let records = self.catalog.volumes().await?;
         let view = |record: VolumeRecord| {
             let instance = instances.iter().find(|instance| Some(&instance.record.id) == record.instance_id.as_ref());
-            let runs = instance.is_some_and(|instance| instance.run.state != InstanceState::Stopped);
-            let state = match self.volumes.record(&record.id) {
-                Err(e) if e.kind() == VolumeErrorKind::NotFound => VolumeState::Incomplete,
-                _ if runs || self.volumes.is_in_use(&record.id) => VolumeState::InUse,
-                _ => VolumeState::Available,
-            };
-            VolumeView {
-                state,
-                instance: instance.map(|instance| instance.record.name.clone()),
-                used_bytes: allocated_bytes(&self.data.volumes().join(record.id.as_str())),
-                record,
-            }
+            self.view(record, instance)
         };
         Ok(records.into_iter().map(view).collect())
+    }
+
+    fn view(&self, record: VolumeRecord, instance: Option<&InstanceView>) -> VolumeView {
+        let runs = instance.is_some_and(|instance| instance.run.state != InstanceState::Stopped);
+        let state = match self.volumes.record(&record.id) {
+            Err(e) if e.kind() == VolumeErrorKind::NotFound => VolumeState::Incomplete,
+            _ if runs || self.volumes.is_in_use(&record.id) => VolumeState::InUse,
+            _ => VolumeState::Available,
+        };
+        VolumeView {
+            state,
+            instance: instance.map(|instance| instance.record.name.clone()),
+            used_bytes: allocated_bytes(&self.data.volumes().join(record.id.as_str())),
+            record,
+        }
+    }
+
+    /// One volume as it is shown, without looking at the others.
+    pub(crate) async fn volume_view(&self, record: VolumeRecord) -> Result<VolumeView, ControlError> {
+        let instance = match &record.instance_id {
+            Some(id) => Some(self.instance(id.as_str()).await?),
+            None => None,
+        };
+        Ok(self.view(record, instance.as_ref()))
     }
 
     /// Finds a volume by its id or name, or as the root volume of an instance by that one's.
@@ -164,11 +177,10 @@ impl Control {
     /// `NotFound`.
     pub async fn volume(&self, wanted: &str) -> Result<VolumeView, ControlError> {
         let record = self.volume_record(wanted).await?;
-        let view = self.volumes().await?.into_iter().find(|view| view.record.id == record.id);
-        view.ok_or_else(|| no_volume(wanted))
+        self.volume_view(record).await
     }
 
-    async fn volume_record(&self, wanted: &str) -> Result<VolumeRecord, ControlError> {
+    pub(crate) async fn volume_record(&self, wanted: &str) -> Result<VolumeRecord, ControlError> {
         if let Some(record) = self.catalog.find_volume(wanted).await? {
             return Ok(record);
         }
@@ -250,35 +262,8 @@ impl Control {
         Ok(snapshot)
     }
 
-    /// Makes a volume that begins as another one is now, running or not.
-    ///
-    /// # Errors
-    /// As [`snapshot_volume`](Self::snapshot_volume) and [`create_volume`](Self::create_volume).
-    pub async fn clone_volume(&self, wanted: &str, name: Option<Name>) -> Result<VolumeView, ControlError> {
-        if let Some(name) = &name
-            && self.catalog.find_volume(name.as_str()).await?.is_some()
-        {
-            return Err(ControlError::new(ErrorCode::InUse, format!("a volume named `{name}` exists already")));
-        }
-        let record = self.volume_record(wanted).await?;
-        let instance = self.instance_of(&record).await?;
-        // Until the clone is catalogued nothing else says that the content is needed.
-        let _one_change_of_images = self.image_changes.lock().await;
-        let taken = self.take_content(&record, instance.as_ref()).await?;
-        let beginning = Beginning {
-            digest: Some(taken.digest),
-            size_bytes: taken.size_bytes,
-            image: record.image,
-            snapshot_id: None,
-            cloned_from: Some(record.id),
-        };
-        let clone = self.plan_volume(name, None, beginning)?;
-        self.catalog.add_volume(&clone).await?;
-        self.make_volume(clone).await
-    }
-
     /// Takes the content of a volume as it is now: from the shim that has it open, or here.
-    async fn take_content(
+    pub(crate) async fn take_content(
         &self,
         volume: &VolumeRecord,
         instance: Option<&InstanceRecord>,
@@ -306,7 +291,7 @@ impl Control {
         .await
     }
 
-    async fn instance_of(&self, volume: &VolumeRecord) -> Result<Option<InstanceRecord>, ControlError> {
+    pub(crate) async fn instance_of(&self, volume: &VolumeRecord) -> Result<Option<InstanceRecord>, ControlError> {
         match &volume.instance_id {
             Some(id) => Ok(self.catalog.find_instance(id.as_str()).await?.map(|(record, _)| record)),
             None => Ok(None),
@@ -387,12 +372,12 @@ fn no_volume(wanted: &str) -> ControlError {
     ControlError::new(ErrorCode::NotFound, format!("there is no volume `{wanted}`"))
 }
 
-/// What the files below a directory take; what cannot be read counts nothing.
+/// What the files below a directory take; what cannot be read counts nothing, and of what clones share each has its part.
 fn allocated_bytes(directory: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
     let size = |entry: std::fs::DirEntry| match entry.metadata() {
         Ok(metadata) if metadata.is_dir() => allocated_bytes(&entry.path()),
-        Ok(metadata) => metadata.blocks() * 512,
+        Ok(metadata) => metadata.blocks() * 512 / metadata.nlink().max(1),
         Err(_) => 0,
     };
     entries.flatten().map(size).sum()

@@ -11,7 +11,7 @@ type Block = [u64; SECTORS];
 /// leave: the last flushed one and each one written since, whole.
 ///
 /// Sectors are filled with a tag, repeated; [`tagged`] makes one.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct DiskOracle {
     /// For each block the possible contents, the newest last; never empty.
     blocks: Vec<Vec<Block>>,

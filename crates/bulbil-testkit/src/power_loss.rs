@@ -1,6 +1,6 @@
 //! A directory that forgets what was not synced.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -21,7 +21,8 @@ fn atom_bytes(path: &str) -> usize {
 /// whatever the code under test was doing.
 ///
 /// Small files that are replaced hold the old or the new content after a crash, until the replacement
-/// has returned; what is removed may come back until the removal has.
+/// has returned; what is removed may come back until the removal has. Files may have several names; of
+/// new ones any may be missing after a crash, until the call that makes them has returned.
 #[derive(Debug, Clone, Default)]
 pub struct PowerLossDirectory {
     state: Arc<Mutex<State>>,
@@ -34,15 +35,21 @@ type Replaced = (Option<Vec<u8>>, Vec<Vec<u8>>);
 
 #[derive(Debug, Default)]
 struct State {
-    files: BTreeMap<String, FileState>,
-    /// Files that were removed, for as long as a loss of power may bring them back.
-    removed: BTreeMap<String, FileState>,
+    /// Names of files, by path.
+    names: BTreeMap<String, u64>,
+    /// The files themselves, by number.
+    files: BTreeMap<u64, FileState>,
+    /// Names that were removed, for as long as a loss of power may bring them back.
+    removed: BTreeMap<String, u64>,
+    /// Names that a loss of power may take away.
+    unsynced_names: BTreeSet<String>,
     /// Small files by path.
     replaced: BTreeMap<String, Replaced>,
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
     full: bool,
+    no_links: bool,
 }
 
 #[derive(Debug)]
@@ -51,6 +58,22 @@ struct FileState {
     durable: BTreeMap<u64, Vec<u8>>,
     /// Versions of each unit since the last sync, the newest last.
     unsynced: BTreeMap<u64, Vec<Vec<u8>>>,
+}
+
+impl State {
+    /// How many names there are for the file at a path.
+    fn links(&self, path: &str) -> Option<u64> {
+        let file = self.names.get(path)?;
+        Some(self.names.values().filter(|other| *other == file).count() as u64)
+    }
+
+    fn sync_name(&mut self, path: &str) {
+        self.unsynced_names.remove(path);
+        if let Some((durable, newer)) = self.replaced.get_mut(path) {
+            *durable = newer.pop().or(durable.take());
+            newer.clear();
+        }
+    }
 }
 
 impl FileState {
@@ -99,6 +122,11 @@ impl PowerLossDirectory {
         self.state.lock().unwrap().full = full;
     }
 
+    /// Says whether files can have one name only.
+    pub fn set_without_links(&self, without: bool) {
+        self.state.lock().unwrap().no_links = without;
+    }
+
     /// Whether operations fail now.
     #[must_use]
     pub fn is_dead(&self) -> bool {
@@ -110,7 +138,12 @@ impl PowerLossDirectory {
         let mut state = self.state.lock().unwrap();
         for (path, file) in std::mem::take(&mut state.removed) {
             if rng.one_in(2) {
-                state.files.entry(path).or_insert(file);
+                state.names.entry(path).or_insert(file);
+            }
+        }
+        for path in std::mem::take(&mut state.unsynced_names) {
+            if rng.one_in(2) {
+                state.names.remove(&path);
             }
         }
         state.files.values_mut().for_each(|file| file.crash(rng));
@@ -143,7 +176,7 @@ impl PowerLossDirectory {
     #[must_use]
     pub fn paths(&self) -> Vec<String> {
         let state = self.state.lock().unwrap();
-        state.files.keys().chain(state.replaced.keys()).cloned().collect()
+        state.names.keys().chain(state.replaced.keys()).cloned().collect()
     }
 
     /// Operations of files opened before a crash reach nothing: their process is gone.
@@ -177,7 +210,7 @@ impl PowerLossDirectory {
 impl StorageDirectory for PowerLossDirectory {
     fn open(&self, name: &str) -> io::Result<Option<Arc<dyn StorageFile>>> {
         let path = self.path(name);
-        let exists = self.state.lock().unwrap().files.contains_key(&path);
+        let exists = self.state.lock().unwrap().names.contains_key(&path);
         Ok(exists.then(|| self.file(path)))
     }
 
@@ -185,8 +218,12 @@ impl StorageDirectory for PowerLossDirectory {
         let path = self.path(name);
         self.now(|state| {
             state.removed.remove(&path);
-            let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
-            state.files.entry(path.clone()).or_insert(empty);
+            if !state.names.contains_key(&path) {
+                let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
+                let number = state.files.keys().next_back().map_or(0, |last| last + 1);
+                state.files.insert(number, empty);
+                state.names.insert(path.clone(), number);
+            }
         })?;
         Ok(self.file(path))
     }
@@ -211,7 +248,8 @@ impl StorageDirectory for PowerLossDirectory {
         let paths = self.paths();
         for path in paths.iter().filter(|found| **found == path || found.starts_with(&below)) {
             self.now(|state| {
-                if let Some(file) = state.files.remove(path) {
+                state.unsynced_names.remove(path);
+                if let Some(file) = state.names.remove(path) {
                     state.removed.insert(path.clone(), file);
                 }
             })?;
@@ -239,12 +277,42 @@ impl StorageDirectory for PowerLossDirectory {
         })
     }
 
+    fn links(&self, name: &str) -> io::Result<Option<u64>> {
+        Ok(self.state.lock().unwrap().links(&self.path(name)))
+    }
+
+    fn link_sibling(&self, sibling: &str, files: &[String], name: &str, bytes: &[u8]) -> io::Result<()> {
+        let above = self.prefix.trim_end_matches('/').rsplit_once('/').map_or("", |(above, _)| above);
+        let to = |name: &str| {
+            if above.is_empty() { format!("{sibling}/{name}") } else { format!("{above}/{sibling}/{name}") }
+        };
+        if self.now(|state| state.no_links)? {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        for name in files {
+            self.now(|state| {
+                let file = state.names[&self.path(name)];
+                state.names.insert(to(name), file);
+                state.unsynced_names.insert(to(name));
+            })?;
+        }
+        self.now(|state| state.replaced.entry(to(name)).or_default().1.push(bytes.to_vec()))?;
+        self.now(|state| {
+            for name in files {
+                let file = state.names[&to(name)];
+                state.files.get_mut(&file).unwrap().sync();
+                state.sync_name(&to(name));
+            }
+            state.sync_name(&to(name));
+        })
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.now(|state| {
-            for (path, (durable, newer)) in &mut state.replaced {
+            let paths: BTreeSet<String> = state.replaced.keys().chain(&state.unsynced_names).cloned().collect();
+            for path in paths {
                 if path.strip_prefix(&self.prefix).is_some_and(|name| !name.contains('/')) {
-                    *durable = newer.pop().or(durable.take());
-                    newer.clear();
+                    state.sync_name(&path);
                 }
             }
         })
@@ -260,7 +328,10 @@ struct PowerLossFile {
 
 impl PowerLossFile {
     fn with<R>(&self, work: impl FnOnce(&mut FileState) -> R) -> io::Result<R> {
-        let done = self.directory.with(self.generation, |state| state.files.get_mut(&self.path).map(work))?;
+        let done = self.directory.with(self.generation, |state| {
+            let file = *state.names.get(&self.path)?;
+            state.files.get_mut(&file).map(work)
+        })?;
         done.ok_or_else(|| io::Error::other(format!("`{}` was removed", self.path)))
     }
 }

@@ -11,9 +11,10 @@
 //! 16      32     salt, random: the overlay's key is derived from it and the store's host key
 //! 48      32     check value of that key
 //! ```
-//! The salt moves with the files, so a directory may be renamed, and two overlays never share a key.
-//! Each file of an overlay has a key of its own too, from its path in the overlay, so the same block
-//! number in two files does not meet the same key.
+//! The salt moves with the files, so a directory may be renamed. Each file of an overlay has a key of
+//! its own, from its path in the overlay, so the same block number in two files does not meet the same
+//! key. A clone shares layers and salt with its parent; the layers of its own have other numbers, so no
+//! two files ever share a key.
 //!
 //! # What stays true of a crash
 //! The host writes a 4 KiB page whole or not at all, and a block is one page: every write that reaches
@@ -163,6 +164,10 @@ impl StorageDirectory for EncryptedDirectory {
         Ok(self.wrap(name, self.inner.create(name)?))
     }
 
+    fn create_all(&self, names: &[String]) -> io::Result<()> {
+        self.inner.create_all(names)
+    }
+
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
         let path = format!("{}{name}/", self.path);
         Arc::new(Self { inner: self.inner.subdirectory(name), key: Arc::clone(&self.key), path })
@@ -170,6 +175,14 @@ impl StorageDirectory for EncryptedDirectory {
 
     fn list(&self) -> io::Result<Vec<String>> {
         self.inner.list()
+    }
+
+    fn links(&self, name: &str) -> io::Result<Option<u64>> {
+        self.inner.links(name)
+    }
+
+    fn link_sibling(&self, sibling: &str, files: &[String], name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.inner.link_sibling(sibling, files, name, bytes)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -12,6 +12,7 @@
 //! | `volume` | creates, opens, removes; routes a request to overlay or base; merges partial blocks |
 //! | `directory` | snapshots and resizes volumes that are not open; lists what they refer to |
 //! | `snapshot` | freezes an open volume, puts it above its snapshot, merges layers |
+//! | `clone` | makes volumes that share the layers of another one |
 //! | `resize` | makes an open volume larger |
 //! | `record` | what a volume is, by its directory (pure) |
 //! | `stack` | reads through the layers of a volume |
@@ -25,7 +26,7 @@
 //! | `fetch`, `fetch_pool`, `fetch_ahead` | each missing frame once, together with its neighbours, and ahead |
 //! | `trace`, `trace_record`, `trace_replay` | what a boot touches: stored form, recording, prefetch |
 //! | `warm` | fills the cache with an image |
-//! | `storage` | the seam to files, for crash tests |
+//! | `storage`, `link` | the seam to files, for crash tests; second names of files |
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests make small numbers"))]
@@ -35,6 +36,7 @@ mod cache;
 mod cache_file;
 mod cache_heal;
 mod cache_upkeep;
+mod clone;
 mod device;
 mod directory;
 mod encrypted;
@@ -43,6 +45,7 @@ mod fetch;
 mod fetch_ahead;
 mod fetch_pool;
 mod image;
+mod link;
 mod map;
 mod overlay;
 mod read_stats;

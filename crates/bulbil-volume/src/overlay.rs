@@ -88,6 +88,8 @@ impl Overlay {
         let segments = other.segments.read().unwrap_or_else(PoisonError::into_inner);
         let numbers: Vec<_> = segments.iter().filter(|(_, file)| file.is_some()).map(|(number, _)| *number).collect();
         drop(segments);
+        let names: Vec<String> = numbers.iter().map(|number| format!("data.{number}")).collect();
+        self.directory.create_all(&names).map_err(|e| io_error("cannot create the overlay's data", e))?;
         numbers.into_iter().try_for_each(|number| self.segment(number, true).map(drop))
     }
 

@@ -3,22 +3,32 @@
 //! `volume.json` in the volume's directory, replaced as a whole:
 //!
 //! ```text
-//! { "format_version": 2, "id": "vol-…", "size_bytes": …, "base": "sha256:…" or null, "layers": [3, 2, 0] }
+//! { "format_version": 2, "id": "vol-…", "size_bytes": …, "base": "sha256:…" or null, "layers": [3, 2, 0],
+//!   "linked": ["map", "data.0", …] }
 //! ```
 //! Layers are named by numbers, the newest first; only that one is written to. Layer 0 lies in the
-//! volume's own directory, layer n in `layer.n`. Version 1 knew layer 0 only and did not say so.
+//! volume's own directory, layer n in `layer.n`. Version 1 knew layer 0 only and did not say so. `linked` is
+//! there in a clone that was not opened yet: without all of these files it was never completed.
 
 use bulbil_store::Digest;
 use bulbil_types::{MAX_DISK_BYTES, VolumeId};
 
+use crate::clone::check_complete;
 use crate::error::{VolumeError, VolumeErrorKind};
 use crate::storage::StorageDirectory;
 
 pub(crate) const RECORD_NAME: &str = "volume.json";
 const FORMAT_VERSION: u32 = 2;
 
-/// Layers that are not written to any more; the next one makes room by merging them.
+/// Layers that are not written to any more; the next one makes room by merging those that no clone shares.
 pub(crate) const MAX_FROZEN_LAYERS: usize = 8;
+
+/// Layers of a volume: above eight that clones share come what failed snapshots have merged and left,
+/// what a clone that was cut off has frozen, and the one that is written to.
+const MAX_LAYERS: usize = 2 * MAX_FROZEN_LAYERS;
+
+/// The highest number of a layer: far from the end of the numbers.
+pub(crate) const MAX_LAYER_NUMBER: u64 = 1 << 62;
 
 /// What a volume is, as its directory says.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -34,6 +44,9 @@ pub struct VolumeRecord {
     /// Numbers of the layers that hold its writes, the newest first.
     #[serde(default = "only_layer")]
     pub layers: Vec<u64>,
+    /// Files that a clone shares, until it is opened first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub linked: Vec<String>,
 }
 
 fn only_layer() -> Vec<u64> {
@@ -43,7 +56,14 @@ fn only_layer() -> Vec<u64> {
 impl VolumeRecord {
     /// The record of a volume without writes.
     pub(crate) fn new(id: &VolumeId, size_bytes: u64, base: Option<Digest>) -> Self {
-        Self { format_version: FORMAT_VERSION, id: id.clone(), size_bytes, base, layers: only_layer() }
+        Self {
+            format_version: FORMAT_VERSION,
+            id: id.clone(),
+            size_bytes,
+            base,
+            layers: only_layer(),
+            linked: Vec::new(),
+        }
     }
 
     /// Reads a record of any version.
@@ -63,7 +83,8 @@ impl VolumeRecord {
             let text = format!("volume {name} was written by another version (format {version})");
             return Err(VolumeError::new(VolumeErrorKind::Corrupt, text));
         }
-        if layers == 0 || layers > MAX_FROZEN_LAYERS + 1 || !in_order {
+        let numbers_left = record.layers.first().is_some_and(|newest| *newest <= MAX_LAYER_NUMBER);
+        if layers > MAX_LAYERS || !in_order || !numbers_left {
             let text = format!("the record of volume {name} lists its layers wrongly");
             return Err(VolumeError::new(VolumeErrorKind::Corrupt, text));
         }
@@ -75,11 +96,14 @@ impl VolumeRecord {
         serde_json::to_vec(self).expect("a record is plain data")
     }
 
-    /// Reads the record in a volume's directory.
+    /// Reads the record in a volume's directory; a clone's only when that is complete.
     pub(crate) fn read(directory: &dyn StorageDirectory) -> Result<Self, VolumeError> {
         let bytes = directory.read(RECORD_NAME).map_err(|e| VolumeError::io("cannot read a volume's record", e))?;
         match bytes {
-            Some(bytes) => Self::parse(&bytes, "in this directory"),
+            Some(bytes) => {
+                let record = Self::parse(&bytes, "in this directory")?;
+                check_complete(directory, &record).map(|()| record)
+            }
             None => Err(VolumeError::new(VolumeErrorKind::NotFound, "there is no volume in this directory")),
         }
     }
@@ -116,7 +140,9 @@ mod tests {
     #[test]
     fn records_that_no_version_writes_are_refused() {
         let kind = |text: &str| VolumeRecord::parse(text.as_bytes(), "v").unwrap_err().kind();
-        for bad in ["[]", "[1,1]", "[0,1]", "[9,8,7,6,5,4,3,2,1,0]", "[-1]"] {
+        for bad in
+            ["[]", "[1,1]", "[0,1]", "[16,15,14,13,12,11,10,9,8,7,6,5,4,3,2,1,0]", "[9223372036854775808]", "[-1]"]
+        {
             assert_eq!(kind(&VERSION_2.replace("[3,1,0]", bad)), VolumeErrorKind::Corrupt, "{bad}");
         }
         assert_eq!(kind(&VERSION_2.replace("n\":2", "n\":3")), VolumeErrorKind::Corrupt);

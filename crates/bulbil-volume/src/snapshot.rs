@@ -42,7 +42,7 @@ pub struct FrozenState {
 
 /// Keeps a volume from having two snapshots at a time.
 #[derive(Debug)]
-struct Running(Arc<AtomicBool>);
+pub(crate) struct Running(Arc<AtomicBool>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -220,7 +220,7 @@ impl Volume {
         self.stack().frozen().len()
     }
 
-    fn begin_snapshot(&self) -> Result<Running, VolumeError> {
+    pub(crate) fn begin_snapshot(&self) -> Result<Running, VolumeError> {
         if self.snapshot_running.swap(true, Ordering::AcqRel) {
             let text = "another snapshot of this volume is being taken";
             return Err(VolumeError::new(VolumeErrorKind::InUse, text));
@@ -229,7 +229,7 @@ impl Volume {
     }
 
     /// Puts an empty layer on top, unless the one there is empty.
-    fn rotate(&self, record: &mut VolumeRecord) -> Result<Arc<Stack>, BlockError> {
+    pub(crate) fn rotate(&self, record: &mut VolumeRecord) -> Result<Arc<Stack>, BlockError> {
         let number = record.layers[0] + 1;
         let files = Layer::directory(&self.directory, number);
         let top =
@@ -278,13 +278,13 @@ impl Volume {
         })
     }
 
-    /// Merges each frozen layer into the one below it, from the oldest on.
+    /// Merges each frozen layer into the one below it, from the oldest on; never into one that a clone shares.
     ///
     /// What is written into the lower layer is hidden by the upper one as long as that is named.
     fn merge_frozen(&self, record: &mut VolumeRecord) -> Result<(), BlockError> {
         loop {
             let stack = self.stack();
-            let [.., upper, lower] = stack.frozen() else { return Ok(()) };
+            let Some((upper, lower)) = mergeable(stack.frozen())? else { return Ok(()) };
             copy_changes(upper, lower, self.size_bytes().div_ceil(BLOCK_BYTES))?;
             lower.overlay.flush()?;
             let mut next = record.clone();
@@ -310,6 +310,17 @@ impl Volume {
         let text = "a volume that was opened without a store has no snapshots";
         self.images.as_ref().ok_or_else(|| VolumeError::new(VolumeErrorKind::NotFound, text))
     }
+}
+
+/// The oldest two neighbours of which the lower one may be written to.
+fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<(&Arc<Layer>, &Arc<Layer>)>, BlockError> {
+    for pair in frozen.windows(2).rev() {
+        let [upper, lower] = pair else { continue };
+        if !lower.is_shared()? {
+            return Ok(Some((upper, lower)));
+        }
+    }
+    Ok(None)
 }
 
 fn copy_changes(upper: &Arc<Layer>, lower: &Layer, blocks: u64) -> Result<(), BlockError> {

@@ -14,7 +14,7 @@ use bulbil_types::BLOCK_BYTES;
 use crate::base::Base;
 use crate::device::{BlockError, ExtentKind, StatusExtent};
 use crate::map::BlockState;
-use crate::overlay::Overlay;
+use crate::overlay::{Overlay, io_error};
 use crate::record::VolumeRecord;
 use crate::storage::{REMOVED_PREFIX, StorageDirectory};
 use crate::volume::usize_of;
@@ -42,6 +42,18 @@ impl Layer {
         }
     }
 
+    /// Whether a clone has it as well; then nothing may ever write to it.
+    ///
+    /// No clone has a layer without having its map.
+    pub(crate) fn is_shared(&self) -> Result<bool, BlockError> {
+        let map = match self.number {
+            0 => MAP_NAME.to_owned(),
+            number => format!("{}/{MAP_NAME}", directory_name(number)),
+        };
+        let links = self.volume.links(&map);
+        Ok(links.map_err(|e| io_error("cannot see who shares the overlay", e))?.is_some_and(|links| links > 1))
+    }
+
     pub(crate) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }
@@ -57,14 +69,17 @@ impl Drop for Layer {
     }
 }
 
-fn directory_name(number: u64) -> String {
+/// The file of a layer that says which blocks it has.
+pub(crate) const MAP_NAME: &str = "map";
+
+pub(crate) fn directory_name(number: u64) -> String {
     format!("layer.{number}")
 }
 
 /// The layer that a name in a volume's directory belongs to.
 fn layer_of(name: &str) -> Option<u64> {
     match name.split_once('.') {
-        None if name == "map" => Some(0),
+        None if name == MAP_NAME => Some(0),
         Some(("data", segment)) => segment.parse::<u64>().ok().map(|_| 0),
         Some(("layer", number)) => number.parse().ok().filter(|number| *number > 0),
         _ => None,

@@ -5,9 +5,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use crate::link;
 
 /// A file of an overlay. All offsets and lengths are bytes.
 pub trait StorageFile: Send + Sync + std::fmt::Debug {
@@ -58,6 +60,29 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the host cannot create it.
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>>;
+
+    /// Creates several empty files as [`create`](Self::create) does.
+    ///
+    /// # Errors
+    /// When the host cannot create one of them.
+    fn create_all(&self, names: &[String]) -> io::Result<()> {
+        names.iter().try_for_each(|name| self.create(name).map(drop))
+    }
+
+    /// How many names a file has, this one counted, if it is there.
+    ///
+    /// # Errors
+    /// When the host cannot tell.
+    fn links(&self, name: &str) -> io::Result<Option<u64>>;
+
+    /// Makes a directory beside this one in which the same `files`, named by paths below this one, have
+    /// a second name, and puts a small file there. Durable when this returns, with all that was written
+    /// to the files; before that each name may be there or not, and the small file as well.
+    ///
+    /// # Errors
+    /// `Unsupported` when the host cannot give a file another name: the directory is not there then.
+    /// After another error it may be left as a crash leaves it.
+    fn link_sibling(&self, sibling: &str, files: &[String], name: &str, bytes: &[u8]) -> io::Result<()>;
 
     /// A directory in this one; it is made with the first file that is created in it.
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory>;
@@ -118,10 +143,10 @@ impl HostDirectory {
     }
 
     /// Makes the directory, or takes one that an earlier attempt has made and perhaps not synced.
-    fn make(&self, parent: &Path) -> io::Result<()> {
+    fn make(&self) -> io::Result<()> {
         match std::fs::create_dir(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => sync_directory(parent),
+            _ => Ok(()),
         }
     }
 }
@@ -160,11 +185,37 @@ impl StorageDirectory for HostDirectory {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         if let Some(parent) = &self.parent {
-            self.make(parent)?;
+            self.make()?;
+            sync_directory(parent)?;
         }
         let file = self.create_file(name)?;
         sync_directory(&self.path)?;
         Ok(Arc::new(HostFile(file)))
+    }
+
+    fn create_all(&self, names: &[String]) -> io::Result<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        if self.parent.is_some() {
+            self.make()?;
+        }
+        names.iter().try_for_each(|name| self.create_file(name).map(drop))?;
+        let directories: Vec<_> = std::iter::once(&self.path).chain(&self.parent).cloned().collect();
+        link::sync_all(&directories)
+    }
+
+    fn links(&self, name: &str) -> io::Result<Option<u64>> {
+        match std::fs::symlink_metadata(self.path.join(name)) {
+            Ok(metadata) => Ok(Some(metadata.nlink())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn link_sibling(&self, sibling: &str, files: &[String], name: &str, bytes: &[u8]) -> io::Result<()> {
+        let parent = self.path.parent().ok_or(io::ErrorKind::Unsupported)?;
+        link::link_sibling(&self.path, &parent.join(sibling), files, (name, bytes))
     }
 
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {

@@ -11,9 +11,11 @@ use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, VolumeId};
 
 use crate::base::Base;
 use crate::cache::BaseCache;
+use crate::clone::check_complete;
 use crate::device::{BlockDevice, BlockError, BlockErrorKind, StatusExtent};
 use crate::encrypted::open_for_store;
 use crate::error::{VolumeError, VolumeErrorKind};
+use crate::link::forget_record;
 use crate::map::BlockState;
 use crate::overlay::Overlay;
 use crate::read_stats::ReadStats;
@@ -78,7 +80,8 @@ impl VolumeDirectory {
     pub fn record(&self, id: &VolumeId) -> Result<VolumeRecord, VolumeError> {
         let bytes = std::fs::read(self.volume_path(id).join(RECORD_NAME))
             .map_err(|e| VolumeError::io(format!("cannot read volume {id}"), e))?;
-        VolumeRecord::parse(&bytes, id.as_str())
+        let record = VolumeRecord::parse(&bytes, id.as_str())?;
+        check_complete(&HostDirectory::new(&self.volume_path(id)), &record).map(|()| record)
     }
 
     /// Opens a volume for reading and writing; only one process can at a time.
@@ -118,6 +121,8 @@ impl VolumeDirectory {
             Err(e) if e.kind() == VolumeErrorKind::NotFound => None,
             other => Some(other?),
         };
+        // First it is no volume any more, durably: from then on others may write to files that it has shared.
+        forget_record(&directory).map_err(|e| VolumeError::io(format!("cannot remove volume {id}"), e))?;
         let mut removed = std::fs::remove_dir_all(&directory);
         // A layer that is being freed beside this may be gone before its turn comes.
         while removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && directory.exists() {
@@ -251,7 +256,11 @@ impl Volume {
         remove_files(&*directory, |number| !record.layers.contains(&number))
             .and_then(|()| remove_leftovers(&*directory))
             .map_err(|e| VolumeError::io(format!("cannot tidy up volume {}", record.id), e))?;
-        Self::new(record, base.transpose()?, Some((Arc::clone(store), Arc::clone(cache))), directory)
+        // All names are durable from here on, so nothing has to be compared any more.
+        let record = VolumeRecord { linked: Vec::new(), ..record };
+        let volume = Self::new(record, base.transpose()?, Some((Arc::clone(store), Arc::clone(cache))), directory)?;
+        volume.leave_shared_layer()?;
+        Ok(volume)
     }
 
     fn new(

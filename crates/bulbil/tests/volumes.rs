@@ -266,6 +266,35 @@ fn snapshots_clones_and_larger_volumes_hold_what_was_written() {
 }
 
 #[test]
+fn clones_share_what_their_parent_wrote_and_outlive_it() {
+    let home = home_with_image();
+    home.ok(&["volume", "create", "data", "--image", "small"]);
+    write(&home, "data", 0xaa, 0, MIB);
+    let used = |name: &str| home.json(&["volume", "show", name])["used_bytes"].as_u64().unwrap();
+    let (alone, stored) = (used("data"), home.json(&["store", "stats"]));
+    for name in ["one", "two", "three"] {
+        let clone = home.json(&["volume", "clone", "data", "--name", name]);
+        assert_eq!(json!([clone["name"], clone["state"], clone["size_bytes"]]), json!([name, "available", 4 * MIB]));
+    }
+    home.ok(&["volume", "clone", "one", "--name", "of-one"]);
+    assert_eq!(home.json(&["store", "stats"]), stored, "the store is not asked");
+    let shared: u64 = ["data", "one", "two", "three", "of-one"].map(used).iter().sum();
+    assert!(shared < alone + 64 * 1024, "{shared} bytes are used, {alone} before");
+    write(&home, "data", 0xbb, 0, MIB);
+    write(&home, "two", 0xcc, 0, MIB);
+    home.ok(&["volume", "snapshot", "three", "--name", "of-three"]);
+    home.ok(&["image", "rm", "small"]);
+    home.ok(&["volume", "rm", "data", "one"]);
+    for (name, byte) in [("of-one", 0xaa), ("two", 0xcc), ("three", 0xaa)] {
+        assert_content(&home, name, byte, 0, MIB);
+    }
+    home.ok(&["volume", "rm", "of-one", "two", "three"]);
+    home.ok(&["snapshot", "rm", "of-three"]);
+    let stats = home.json(&["store", "stats"]);
+    assert_eq!(json!([stats["packs"], stats["manifests"]]), json!([0, 0]), "all space is free again");
+}
+
+#[test]
 fn contents_stay_as_long_as_a_volume_or_a_snapshot_needs_them() {
     let home = home_with_image();
     home.ok(&["volume", "create", "data", "--image", "small"]);
@@ -354,6 +383,15 @@ fn the_root_volume_of_an_instance_is_a_volume_that_stays_with_it() {
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     assert!(run("nbdinfo", &["--size", &uri]).starts_with("8388608"));
     assert_eq!(home.json(&["show", "web"])["disk_bytes"], 8 * MIB);
+    let live_write = |pattern: &str| run("qemu-io", &["-f", "raw", "-c", &format!("write -P {pattern} 5M 1M"), &uri]);
+    for (name, pattern) in [("of-running", "0x5a"), ("again", "0x5b")] {
+        live_write(pattern);
+        home.ok(&["volume", "clone", "web", "--name", name]);
+    }
+    live_write("0x5c");
+    assert_content(&home, "of-running", 0x5a, 5 * MIB, MIB);
+    assert_content(&home, "again", 0x5b, 5 * MIB, MIB);
+    home.ok(&["volume", "rm", "of-running", "again"]);
     home.ok(&["stop", "web", "--force"]);
     // While it does not.
     write(&home, "web", 0xee, 7 * MIB, MIB);

@@ -104,6 +104,10 @@ impl<'a> DataDir<'a> {
         Ok(Self { bed, path })
     }
 
+    pub(crate) fn bed(&self) -> &'a Bed {
+        self.bed
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

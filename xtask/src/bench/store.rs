@@ -3,9 +3,11 @@
 //! | module | what it measures |
 //! |---|---|
 //! | `images` | four disks one after another into one store: space, time, CPU |
+//! | `clones` | clones of volumes of any size, after many writes, and many of them |
 //! | `guest` | a volume inside a guest, by vhost-user-blk and by NBD |
 //! | `memory` | idle volumes, and what runs beside a machine |
 
+mod clones;
 mod guest;
 mod images;
 mod memory;
@@ -20,6 +22,7 @@ use super::report::Report;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Part {
     Images,
+    Clones,
     Guest,
     Memory,
 }
@@ -28,6 +31,7 @@ pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> 
     for part in if parts.is_empty() { Part::value_variants() } else { parts } {
         match part {
             Part::Images => images::run(bed, report)?,
+            Part::Clones => clones::run(bed, report)?,
             Part::Guest => guest::run(bed, report)?,
             Part::Memory => memory::run(bed, report)?,
         }

@@ -16,6 +16,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
+use bulbil_types::VolumeId;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 
@@ -52,6 +53,11 @@ pub(crate) enum ShimRequest {
     },
     /// Take the volume's content of this moment into the store, and tell which it is.
     SnapshotVolume,
+    /// Make a volume that shares the files of this one as it is now.
+    CloneVolume {
+        /// The new volume.
+        clone: VolumeId,
+    },
     /// Make the volume larger.
     ResizeVolume {
         /// The new size in bytes.

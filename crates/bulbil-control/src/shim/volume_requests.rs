@@ -1,9 +1,10 @@
-//! Requests about the volume that a shim has open: it alone can take a snapshot of it or make it larger.
+//! Requests about the volume that a shim has open: it alone can take a snapshot of it, clone it or make it larger.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bulbil_export::nbd::ServerHandle;
+use bulbil_types::VolumeId;
 use bulbil_vm::Qmp;
 use bulbil_volume::Volume;
 use serde_json::json;
@@ -59,6 +60,7 @@ impl OpenDisk {
     pub(super) async fn answer(&self, request: &ShimRequest) -> Option<Vec<u8>> {
         match request {
             ShimRequest::SnapshotVolume => Some(line(self.snapshot().await)),
+            ShimRequest::CloneVolume { clone } => Some(line(self.clone_as(clone.clone()).await)),
             ShimRequest::ResizeVolume { size_bytes } => Some(line(self.resize(*size_bytes).await)),
             ShimRequest::Watch | ShimRequest::Stop { .. } => None,
         }
@@ -76,6 +78,17 @@ impl OpenDisk {
             // The daemon sees to it as well, as long as it lives.
             let _no_removal = data.map(|data| without_removals(&data)).transpose()?;
             volume_ops::snapshot_open(&volume)
+        })
+        .await
+    }
+
+    /// Requests of the guest are answered meanwhile.
+    async fn clone_as(&self, clone: VolumeId) -> Result<Option<u64>, ControlError> {
+        let volume = Arc::clone(&self.volume()?.0);
+        let data = self.data.get().cloned();
+        blocking(move || {
+            let _no_removal = data.map(|data| without_removals(&data)).transpose()?;
+            volume_ops::clone_open(&volume, &clone)
         })
         .await
     }
