@@ -1,5 +1,7 @@
 //! What a disk may hold after a crash.
 
+use std::ops::Range;
+
 use bulbil_types::BLOCK_LEN;
 
 const SECTORS: usize = BLOCK_LEN / 512;
@@ -15,6 +17,8 @@ type Block = [u64; SECTORS];
 pub struct DiskOracle {
     /// For each block the possible contents, the newest last; never empty.
     blocks: Vec<Vec<Block>>,
+    /// Blocks of the write that perhaps was not answered.
+    in_flight: Range<usize>,
 }
 
 impl DiskOracle {
@@ -24,7 +28,8 @@ impl DiskOracle {
     /// If a sector of `content` is not filled with one tag.
     #[must_use]
     pub fn new(content: &[u8]) -> Self {
-        Self { blocks: content.chunks(BLOCK_LEN).map(|block| vec![parse(block).expect("tagged")]).collect() }
+        let blocks = content.chunks(BLOCK_LEN).map(|block| vec![parse(block).expect("tagged")]).collect();
+        Self { blocks, in_flight: 0..0 }
     }
 
     /// Notes that sectors were asked to be filled with `tag`; called before the request is made.
@@ -39,10 +44,17 @@ impl DiskOracle {
             }
             self.blocks[block].push(content);
         }
+        self.in_flight = first / SECTORS..end.div_ceil(SECTORS);
+    }
+
+    /// Notes that every write noted so far was answered; a new write says that of those before it.
+    pub fn answered(&mut self) {
+        self.in_flight = 0..0;
     }
 
     /// Notes that a flush was acknowledged that began after every write noted so far.
     pub fn flushed(&mut self) {
+        self.answered();
         for possible in &mut self.blocks {
             possible.drain(..possible.len() - 1);
         }
@@ -65,7 +77,21 @@ impl DiskOracle {
     /// # Errors
     /// A sentence about the first block that does not.
     pub fn check_running(&self, content: &[u8]) -> Result<(), String> {
-        self.check(content, |possible, found| possible.last() == Some(found))
+        self.check(content, |_, possible, found| possible.last() == Some(found))
+    }
+
+    /// Checks the disk after its process was killed and the host went on: every write that was answered is
+    /// there, flushed or not. What is found is what the disk holds from now on.
+    ///
+    /// # Errors
+    /// A sentence about the first block that holds something else.
+    pub fn check_after_kill(&mut self, content: &[u8]) -> Result<(), String> {
+        self.check(content, |number, possible, found| {
+            let unanswered = self.in_flight.contains(&number) && possible.iter().rev().nth(1) == Some(found);
+            possible.last() == Some(found) || unanswered
+        })?;
+        *self = Self::new(content);
+        Ok(())
     }
 
     /// Checks the disk after a crash; what is found is what the disk holds from now on.
@@ -73,16 +99,16 @@ impl DiskOracle {
     /// # Errors
     /// A sentence about the first block that holds something that was lost, torn or never there.
     pub fn check_after_crash(&mut self, content: &[u8]) -> Result<(), String> {
-        self.check(content, |possible, found| possible.contains(found))?;
+        self.check(content, |_, possible, found| possible.contains(found))?;
         *self = Self::new(content);
         Ok(())
     }
 
-    fn check(&self, content: &[u8], allowed: impl Fn(&[Block], &Block) -> bool) -> Result<(), String> {
+    fn check(&self, content: &[u8], allowed: impl Fn(usize, &[Block], &Block) -> bool) -> Result<(), String> {
         assert_eq!(content.len(), self.blocks.len() * BLOCK_LEN);
         for (number, (block, possible)) in content.chunks(BLOCK_LEN).zip(&self.blocks).enumerate() {
             let found = parse(block).map_err(|sector| format!("block {number}: sector {sector} is torn"))?;
-            if !allowed(possible, &found) {
+            if !allowed(number, possible, &found) {
                 return Err(format!("block {number} holds {found:x?}, possible were {possible:x?}"));
             }
         }

@@ -48,6 +48,8 @@ struct State {
     /// Operations left before everything fails.
     fuse: Option<u64>,
     generation: u64,
+    /// Times that power was lost.
+    boots: u64,
     full: bool,
     no_links: bool,
 }
@@ -156,6 +158,7 @@ impl PowerLossDirectory {
         }
         state.fuse = None;
         state.generation += 1;
+        state.boots += 1;
     }
 
     /// The process is killed: the host keeps what was written.
@@ -226,6 +229,23 @@ impl StorageDirectory for PowerLossDirectory {
             }
         })?;
         Ok(self.file(path))
+    }
+
+    fn create_volatile(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
+        let path = self.path(name);
+        self.now(|state| {
+            let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
+            let number = state.files.keys().next_back().map_or(0, |last| last + 1);
+            state.files.insert(number, empty);
+            state.removed.remove(&path);
+            state.names.insert(path.clone(), number);
+            state.unsynced_names.insert(path.clone());
+        })?;
+        Ok(self.file(path))
+    }
+
+    fn boot_id(&self) -> io::Result<String> {
+        Ok(format!("boot {}", self.state.lock().unwrap().boots))
     }
 
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {

@@ -32,6 +32,7 @@ use crate::cache_upkeep;
 use crate::error::VolumeError;
 use crate::fetch::Fetcher;
 use crate::fetch_pool::Pool;
+use crate::storage::host_boot_id;
 
 /// Open files of the cache in one process: well below the usual limit of 1024 descriptors.
 const MAX_OPEN_FILES: usize = 384;
@@ -112,11 +113,10 @@ impl BaseCache {
     pub fn open_with(directory: &Path, options: CacheOptions) -> Result<Self, VolumeError> {
         std::fs::create_dir_all(directory)
             .map_err(|e| VolumeError::io(format!("cannot create `{}`", directory.display()), e))?;
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map_err(|e| VolumeError::io("cannot read the host's boot id", e))?;
+        let boot_id = host_boot_id().map_err(|e| VolumeError::io("cannot read the host's boot id", e))?;
         let shared = CacheShared {
             directory: directory.to_owned(),
-            boot_id: boot_id.trim().to_owned(),
+            boot_id,
             options,
             handles: Mutex::default(),
             pool: Pool::new(),

@@ -229,13 +229,18 @@ fn create(directory: &Path, path: &Path, header: &[u8]) -> io::Result<File> {
 pub(crate) fn header(boot_id: &str, encrypted: bool) -> Vec<u8> {
     let mut header = MAGIC.to_vec();
     header.extend_from_slice(&VERSION.to_le_bytes());
-    // 36 characters; a host that gives others gets them cut or padded, and compares them all the same.
-    let mut id = boot_id.as_bytes().to_vec();
-    id.resize(36, 0);
-    header.extend_from_slice(&id);
+    header.extend_from_slice(&padded_boot_id(boot_id));
     header.extend_from_slice(&(if encrypted { FLAG_ENCRYPTED } else { 0 }).to_le_bytes());
     debug_assert_eq!(header.len(), HEADER_BYTES);
     header
+}
+
+/// 36 characters; a host that gives others gets them cut or padded, and compares them all the same.
+pub(crate) fn padded_boot_id(boot_id: &str) -> [u8; 36] {
+    let mut id = [0; 36];
+    let len = boot_id.len().min(id.len());
+    id[..len].copy_from_slice(&boot_id.as_bytes()[..len]);
+    id
 }
 
 fn frame_offset(frame: u32) -> u64 {

@@ -11,13 +11,15 @@
 //! A clone numbers its own layers from a random distance on: where overlays are encrypted, it shares
 //! the parent's `cipher`, and the number of a layer is what keeps their keys apart.
 
+use std::sync::Arc;
+
 use bulbil_types::VolumeId;
 
 use crate::device::BlockDevice as _;
 use crate::error::{VolumeError, VolumeErrorKind};
-use crate::overlay::lock;
+use crate::overlay::{Overlay, lock};
 use crate::record::{MAX_FROZEN_LAYERS, MAX_LAYER_NUMBER, RECORD_NAME, VolumeRecord};
-use crate::stack::{MAP_NAME, directory_name};
+use crate::stack::{Layer, MAP_NAME, directory_name};
 use crate::storage::{HostDirectory, StorageDirectory};
 use crate::volume::{Volume, VolumeDirectory, lock_volume};
 
@@ -42,8 +44,21 @@ impl VolumeDirectory {
         let directory = self.volume_path(id);
         let _lock = lock_volume(&directory, id)?;
         let record = self.record(id)?;
-        share(&HostDirectory::new(&directory), &record, &record.layers, clone)
+        recover_and_share(Arc::new(HostDirectory::new(&directory)), &record, clone)
     }
+}
+
+/// Clones a volume that nobody has open: whoever had it last may have been killed.
+fn recover_and_share(
+    directory: Arc<dyn StorageDirectory>,
+    record: &VolumeRecord,
+    clone: &VolumeId,
+) -> Result<Option<VolumeRecord>, VolumeError> {
+    for number in &record.layers {
+        Overlay::recover(Layer::directory(&directory, *number), record.size_bytes)
+            .map_err(|e| VolumeError::block(format!("cannot recover volume {}", record.id), e))?;
+    }
+    share(&*directory, record, &record.layers, clone)
 }
 
 impl Volume {
@@ -51,9 +66,12 @@ impl Volume {
     ///
     /// # Errors
     /// `NotFound`, `NoSpace`, `Corrupt`, `Io`.
-    pub fn clone_in(directory: &dyn StorageDirectory, clone: &VolumeId) -> Result<Option<VolumeRecord>, VolumeError> {
-        let record = VolumeRecord::read(directory)?;
-        share(directory, &record, &record.layers, clone)
+    pub fn clone_in(
+        directory: Arc<dyn StorageDirectory>,
+        clone: &VolumeId,
+    ) -> Result<Option<VolumeRecord>, VolumeError> {
+        let record = VolumeRecord::read(&*directory)?;
+        recover_and_share(directory, &record, clone)
     }
 
     /// Makes a volume beside this one that holds what this one holds at this moment, with every write

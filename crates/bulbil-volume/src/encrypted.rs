@@ -168,6 +168,14 @@ impl StorageDirectory for EncryptedDirectory {
         self.inner.create_all(names)
     }
 
+    fn create_volatile(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
+        Ok(self.wrap(name, self.inner.create_volatile(name)?))
+    }
+
+    fn boot_id(&self) -> io::Result<String> {
+        self.inner.boot_id()
+    }
+
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
         let path = format!("{}{name}/", self.path);
         Arc::new(Self { inner: self.inner.subdirectory(name), key: Arc::clone(&self.key), path })

@@ -46,6 +46,7 @@ mod fetch_ahead;
 mod fetch_pool;
 mod image;
 mod link;
+mod live_map;
 mod map;
 mod overlay;
 mod read_stats;

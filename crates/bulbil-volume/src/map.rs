@@ -49,6 +49,15 @@ pub(crate) struct BlockMap {
     in_flight: BTreeSet<u64>,
 }
 
+/// Bytes of a page that have changed.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct MapChange {
+    pub(crate) page: u64,
+    pub(crate) first_byte: u64,
+    pub(crate) old: Vec<u8>,
+    pub(crate) new: Vec<u8>,
+}
+
 impl BlockMap {
     pub(crate) fn has_page(&self, page: u64) -> bool {
         self.pages.contains_key(&page)
@@ -64,10 +73,7 @@ impl BlockMap {
     /// # Errors
     /// When it holds a bit pair that no version writes.
     pub(crate) fn load_page(&mut self, number: u64, page: MapPage) -> Result<(), u64> {
-        let bad = page.iter().zip(0_u64..).find(|(byte, _)| *byte & (*byte >> 1) & 0x55 != 0);
-        if let Some((_, position)) = bad {
-            return Err(number * BLOCKS_PER_PAGE + position * 4);
-        }
+        check_page(number, &page)?;
         if self.pages.len() >= PAGES_KEPT {
             let (dirty, in_flight) = (&self.dirty, &self.in_flight);
             self.pages.retain(|number, _| dirty.contains(number) || in_flight.contains(number));
@@ -99,18 +105,53 @@ impl BlockMap {
         Some((state, len))
     }
 
-    /// Puts `count` blocks from `first`, all of one loaded page, into a state.
-    pub(crate) fn set(&mut self, first: u64, count: u64, state: BlockState) {
+    /// Puts `count` blocks from `first`, all of one loaded page, into a state; says what that changed.
+    pub(crate) fn set(&mut self, first: u64, count: u64, state: BlockState) -> Option<MapChange> {
         let number = first / BLOCKS_PER_PAGE;
         let page = self.pages.get_mut(&number).expect("the caller loads the page");
+        let (first_byte, last_byte) = (position(first).0, position(first + count - 1).0);
+        if (first..first + count).all(|block| state_in(page, block) == state) {
+            return None;
+        }
+        let old = page[first_byte..=last_byte].to_vec();
         for block in first..first + count {
             let (byte, shift) = position(block);
-            let changed = page[byte] & !(3 << shift) | (state as u8) << shift;
-            if page[byte] != changed {
-                page[byte] = changed;
+            page[byte] = page[byte] & !(3 << shift) | (state as u8) << shift;
+        }
+        self.dirty.insert(number);
+        let new = page[first_byte..=last_byte].to_vec();
+        Some(MapChange { page: number, first_byte: first_byte as u64, old, new })
+    }
+
+    /// Takes a change back; nobody has made another one in these bytes since.
+    pub(crate) fn take_back(&mut self, change: &MapChange) {
+        let page = self.pages.get_mut(&change.page).expect("changed pages stay");
+        let first = usize::try_from(change.first_byte).expect("within a page");
+        page[first..first + change.old.len()].copy_from_slice(&change.old);
+        self.dirty.insert(change.page);
+    }
+
+    /// Puts the blocks of a loaded page into the states that another one has for them, where that is not `Base`.
+    ///
+    /// # Errors
+    /// When it holds a bit pair that no version writes.
+    pub(crate) fn merge_page(&mut self, number: u64, newer: &MapPage) -> Result<(), u64> {
+        check_page(number, newer)?;
+        let page = self.pages.get_mut(&number).expect("the caller loads the page");
+        for (byte, newer) in page.iter_mut().zip(newer) {
+            let said = (*newer | *newer >> 1) & 0x55;
+            let merged = *byte & !(said | said << 1) | *newer;
+            if *byte != merged {
+                *byte = merged;
                 self.dirty.insert(number);
             }
         }
+        Ok(())
+    }
+
+    /// Whether every page is on disk as it is here.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.dirty.is_empty() && self.in_flight.is_empty()
     }
 
     /// Copies every changed page for writing.
@@ -125,6 +166,14 @@ impl BlockMap {
         if !written {
             self.dirty.extend(in_flight);
         }
+    }
+}
+
+/// Refuses a page with a bit pair that no version writes: the error is near its block.
+fn check_page(number: u64, page: &MapPage) -> Result<(), u64> {
+    match page.iter().zip(0_u64..).find(|(byte, _)| *byte & (*byte >> 1) & 0x55 != 0) {
+        Some((_, position)) => Err(number * BLOCKS_PER_PAGE + position * 4),
+        None => Ok(()),
     }
 }
 
@@ -188,6 +237,26 @@ mod tests {
         map.finish_writing(true);
         map.set(BLOCKS_PER_PAGE, 1, BlockState::Data);
         assert!(numbers(&mut map).is_empty());
+    }
+
+    #[test]
+    fn changes_are_told_taken_back_and_merged() {
+        let mut map = map_with_pages(2);
+        let change = map.set(BLOCKS_PER_PAGE + 6, 3, BlockState::Data).unwrap();
+        assert_eq!((change.page, change.first_byte), (1, 1));
+        assert_eq!((&change.old[..], &change.new[..]), (&[0, 0][..], &[0b0101_0000, 0b01][..]));
+        assert_eq!(map.set(BLOCKS_PER_PAGE + 6, 3, BlockState::Data), None);
+        map.take_back(&change);
+        assert_eq!(map.run(BLOCKS_PER_PAGE, 100), Some((BlockState::Base, 100)));
+        map.set(BLOCKS_PER_PAGE, 3, BlockState::Data);
+        let mut newer = [0; BLOCK_LEN];
+        newer[0] = 0b0110_0000;
+        map.merge_page(1, &newer).unwrap();
+        let state = |block| map.run(BLOCKS_PER_PAGE + block, 1).unwrap().0;
+        let expected = [BlockState::Data, BlockState::Data, BlockState::Zero, BlockState::Data, BlockState::Base];
+        assert_eq!([state(0), state(1), state(2), state(3), state(4)], expected);
+        newer[1] = 0b11;
+        assert_eq!(map.merge_page(1, &newer), Err(BLOCKS_PER_PAGE + 4));
     }
 
     #[test]

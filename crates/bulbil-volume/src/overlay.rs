@@ -3,6 +3,7 @@
 //! ```text
 //! data.N   bytes of 1 TiB of disk each, at their own offsets, sparse; made at the first write there
 //! map      two bits for each 4 KiB block (see `map`), sparse; made at the first write
+//! map.live what a process has changed in it (see `live_map`); made at the first change, never synced
 //! ```
 //!
 //! # Rules
@@ -15,7 +16,9 @@
 //! 3. A hole in the data file never has a meaning of its own; only the map says where content is.
 //! 4. Whole blocks only: the volume merges smaller writes. Overwriting a block in `Data` is in
 //!    place, so after a crash it is old or new; hosts do not tear an aligned 4 KiB page.
-//! 5. When a sync fails, what is on disk is unknown: the overlay refuses every later write and
+//! 5. A change of a state is in `map.live` before the request that made it is answered, so that a process
+//!    that is killed takes no answered write with it. Whoever opens the overlay next takes it over.
+//! 6. When a sync fails, what is on disk is unknown: the overlay refuses every later write and
 //!    flush. A write that fails for lack of space changes nothing that was acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,8 +29,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
 
 use crate::device::{BlockError, BlockErrorKind};
+use crate::live_map::{LeftBehind, LiveMap};
 use crate::map::{BLOCKS_PER_PAGE, BlockMap, BlockState, MapPage};
 use crate::storage::{StorageDirectory, StorageFile};
+
+/// Pages that are taken over from a killed process before they are written, 4 MiB.
+const PAGES_TAKEN_OVER: u64 = 1024;
 
 /// Disk bytes that one data file covers: below the largest file of every common file system.
 const SEGMENT_BYTES: u64 = 1 << 40;
@@ -36,6 +43,8 @@ const SEGMENT_BYTES: u64 = 1 << 40;
 pub(crate) struct Overlay {
     directory: Arc<dyn StorageDirectory>,
     map: RwLock<BlockMap>,
+    /// Locked from a change of the map to the end of its write.
+    live: Mutex<LiveMap>,
     map_file: Mutex<Option<Arc<dyn StorageFile>>>,
     segments: RwLock<BTreeMap<u64, Option<Arc<dyn StorageFile>>>>,
     /// Segments written since they were last synced.
@@ -46,6 +55,17 @@ pub(crate) struct Overlay {
     touched: AtomicBool,
     /// Shared by all layers of a volume.
     poisoned: Arc<AtomicBool>,
+}
+
+impl Drop for Overlay {
+    /// What has been flushed needs no second place; what has not is for whoever opens the overlay next.
+    fn drop(&mut self) {
+        let map = self.map.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if map.is_clean() && !self.poisoned.load(Ordering::Acquire) {
+            // Should that fail, the next one takes over what it has already.
+            drop(self.live.get_mut().unwrap_or_else(PoisonError::into_inner).end());
+        }
+    }
 }
 
 /// A panic while a lock is held leaves these maps whole; the data path must go on or fail by itself.
@@ -64,10 +84,13 @@ impl Overlay {
         poisoned: Arc<AtomicBool>,
     ) -> Result<Self, BlockError> {
         let map_file = directory.open("map").map_err(|e| io_error("cannot open the overlay's map", e))?;
+        let left = LeftBehind::find(&*directory).map_err(|e| io_error("cannot read what a process has left", e))?;
+        let is_touched = map_file.is_some() || left.is_some();
         let overlay = Self {
-            touched: AtomicBool::new(map_file.is_some()),
+            touched: AtomicBool::new(is_touched),
             directory,
             map: RwLock::default(),
+            live: Mutex::default(),
             map_file: Mutex::new(map_file),
             segments: RwLock::default(),
             unsynced: Mutex::default(),
@@ -75,12 +98,40 @@ impl Overlay {
             poisoned,
         };
         // Without a map no block is in state `Data`, so no data file counts.
-        if let Some(map_file) = lock(&overlay.map_file).clone() {
+        if is_touched {
             lock(&overlay.unsynced).extend(0..size_bytes.div_ceil(SEGMENT_BYTES));
             overlay.sync_data()?;
+        }
+        if let Some(map_file) = lock(&overlay.map_file).clone() {
             map_file.sync_data().map_err(|e| io_error("cannot sync the overlay's map", e))?;
         }
+        if let Some(left) = left {
+            overlay.take_over(&left)?;
+        }
         Ok(overlay)
+    }
+
+    /// Puts into the map, durably, what a process that was killed had said of it.
+    fn take_over(&self, left: &LeftBehind) -> Result<(), BlockError> {
+        let mut number = 0;
+        loop {
+            let next = left.next_page(number).map_err(|e| io_error("cannot read what a process has left", e))?;
+            let Some((found, page)) = next else { break };
+            self.map_with_page(found)?.merge_page(found, &page).map_err(damaged)?;
+            number = found + 1;
+            // Changed pages stay in memory until they are written.
+            if number.is_multiple_of(PAGES_TAKEN_OVER) {
+                self.flush()?;
+            }
+        }
+        self.flush()?;
+        left.end().map_err(|e| self.write_failed(0, e))
+    }
+
+    /// Makes durable what a killed process has left in a layer that nobody has open.
+    pub(crate) fn recover(directory: Arc<dyn StorageDirectory>, size_bytes: u64) -> Result<(), BlockError> {
+        let left = LeftBehind::find(&*directory).map_err(|e| io_error("cannot read what a process has left", e))?;
+        left.map_or(Ok(()), |_| Self::open(directory, size_bytes, Arc::default()).map(drop))
     }
 
     /// Creates the data files that another layer has open, so that no write has to wait for that.
@@ -272,7 +323,14 @@ impl Overlay {
         while at < first + count {
             let page = at / BLOCKS_PER_PAGE;
             let len = (first + count).min((page + 1) * BLOCKS_PER_PAGE) - at;
-            self.map_with_page(page)?.set(at, len, state);
+            let mut live = lock(&self.live);
+            let change = self.map_with_page(page)?.set(at, len, state);
+            if let Some(change) = change
+                && let Err(error) = live.write(&*self.directory, &change)
+            {
+                self.map.write().unwrap_or_else(PoisonError::into_inner).take_back(&change);
+                return Err(self.write_failed(at * BLOCK_BYTES, error));
+            }
             at += len;
         }
         Ok(())
@@ -289,9 +347,7 @@ impl Overlay {
                 file.read_at(&mut page, number * BLOCK_BYTES)
                     .map_err(|e| io_error("cannot read the overlay's map", e))?;
             }
-            map.load_page(number, page).map_err(|block| {
-                BlockError::new(BlockErrorKind::Io, format!("the overlay's map is damaged at block {block:#x}"))
-            })?;
+            map.load_page(number, page).map_err(damaged)?;
         }
         Ok(map)
     }
@@ -317,6 +373,10 @@ impl Overlay {
         self.poisoned.store(true, Ordering::Release);
         BlockError::with_source(BlockErrorKind::Io, message, error)
     }
+}
+
+fn damaged(block: u64) -> BlockError {
+    BlockError::new(BlockErrorKind::Io, format!("the overlay's map is damaged at block {block:#x}"))
 }
 
 pub(crate) fn io_error(message: impl Into<String>, error: io::Error) -> BlockError {

@@ -5,9 +5,8 @@
 //! [2]─────► [3] 2 frozen, guest goes on ─────────────────► store ─────────► [3] over the new content
 //!                         └── failed or killed: 2 stays frozen, the next snapshot takes it along
 //! ```
-//! The new layer takes writes at once; only then are the old one and the record synced. Until that is
-//! done no flush is answered, so that nothing in the new layer is called durable before the record
-//! names it.
+//! The record names the new layer before that takes the first write, so that no answered write is in a
+//! layer that nobody knows. The old one is synced after that; until it is, no flush is answered.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -228,31 +227,29 @@ impl Volume {
         Ok(Running(Arc::clone(&self.snapshot_running)))
     }
 
-    /// Puts an empty layer on top, unless the one there is empty.
+    /// Puts an empty layer on top, unless the one there is empty: first in the record, then for requests.
     pub(crate) fn rotate(&self, record: &mut VolumeRecord) -> Result<Arc<Stack>, BlockError> {
+        let stack = self.stack();
+        if stack.top().is_untouched() {
+            return Ok(stack);
+        }
         let number = record.layers[0] + 1;
         let files = Layer::directory(&self.directory, number);
         let top =
             Layer::new(number, Overlay::open(files, self.size_bytes(), Arc::clone(&self.poisoned))?, &self.directory);
-        if !self.stack().top().is_untouched() {
-            top.overlay.create_files_of(self.stack().top())?;
-        }
+        top.overlay.create_files_of(self.stack().top())?;
         let mut next = record.clone();
         next.layers.insert(0, number);
-        let settling = Mutex::default();
-        let rotation = Rotation { record: next.clone(), settled: AtomicBool::new(false), settling };
-        let _alone = self.merging.write().unwrap_or_else(PoisonError::into_inner);
-        let old = self.stack();
-        if old.top().is_untouched() {
-            return Ok(old);
-        }
-        let mut layers = old.layers.clone();
-        layers.layers.insert(0, top);
+        self.write_record(&next)?;
         *record = next;
+        let rotation = Rotation { settled: AtomicBool::new(false), settling: Mutex::default() };
+        let _alone = self.merging.write().unwrap_or_else(PoisonError::into_inner);
+        let mut layers = self.stack().layers.clone();
+        layers.layers.insert(0, top);
         Ok(self.replace_stack(Stack { layers, rotation: Some(rotation) }))
     }
 
-    /// Completes a rotation: the layer below the newest is made durable, then the record that says so.
+    /// Completes a rotation: the layer below the newest is made durable.
     pub(crate) fn settle(&self, stack: &Stack) -> Result<(), BlockError> {
         let Some(rotation) = stack.rotation.as_ref().filter(|r| !r.settled.load(Ordering::Acquire)) else {
             return Ok(());
@@ -260,7 +257,6 @@ impl Volume {
         let _one_at_a_time = lock(&rotation.settling);
         if !rotation.settled.load(Ordering::Acquire) {
             stack.frozen()[0].overlay.flush()?;
-            self.write_record(&rotation.record)?;
             rotation.settled.store(true, Ordering::Release);
         }
         Ok(())
@@ -284,7 +280,7 @@ impl Volume {
     fn merge_frozen(&self, record: &mut VolumeRecord) -> Result<(), BlockError> {
         loop {
             let stack = self.stack();
-            let Some((upper, lower)) = mergeable(stack.frozen())? else { return Ok(()) };
+            let Some([upper, lower]) = mergeable(stack.frozen())? else { return Ok(()) };
             copy_changes(upper, lower, self.size_bytes().div_ceil(BLOCK_BYTES))?;
             lower.overlay.flush()?;
             let mut next = record.clone();
@@ -313,11 +309,11 @@ impl Volume {
 }
 
 /// The oldest two neighbours of which the lower one may be written to.
-fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<(&Arc<Layer>, &Arc<Layer>)>, BlockError> {
+fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<[&Arc<Layer>; 2]>, BlockError> {
     for pair in frozen.windows(2).rev() {
         let [upper, lower] = pair else { continue };
         if !lower.is_shared()? {
-            return Ok(Some((upper, lower)));
+            return Ok(Some([upper, lower]));
         }
     }
     Ok(None)

@@ -13,9 +13,9 @@ use bulbil_types::BLOCK_BYTES;
 
 use crate::base::Base;
 use crate::device::{BlockError, ExtentKind, StatusExtent};
+use crate::live_map::LIVE_MAP_NAME;
 use crate::map::BlockState;
 use crate::overlay::{Overlay, io_error};
-use crate::record::VolumeRecord;
 use crate::storage::{REMOVED_PREFIX, StorageDirectory};
 use crate::volume::usize_of;
 
@@ -80,6 +80,7 @@ pub(crate) fn directory_name(number: u64) -> String {
 fn layer_of(name: &str) -> Option<u64> {
     match name.split_once('.') {
         None if name == MAP_NAME => Some(0),
+        Some(_) if name == LIVE_MAP_NAME => Some(0),
         Some(("data", segment)) => segment.parse::<u64>().ok().map(|_| 0),
         Some(("layer", number)) => number.parse().ok().filter(|number| *number > 0),
         _ => None,
@@ -238,10 +239,9 @@ pub(crate) struct Stack {
     pub(crate) rotation: Option<Rotation>,
 }
 
-/// A new layer that was begun, and perhaps is not in the record on disk yet.
+/// A new layer that was begun; that below it is perhaps not on disk as a whole yet.
 #[derive(Debug)]
 pub(crate) struct Rotation {
-    pub(crate) record: VolumeRecord,
     pub(crate) settled: AtomicBool,
     pub(crate) settling: Mutex<()>,
 }

@@ -61,6 +61,20 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     /// When the host cannot create it.
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>>;
 
+    /// Creates an empty file, or empties one that is there. Nothing of it is durable: after a loss of power it
+    /// may be there or not, with anything in it.
+    ///
+    /// # Errors
+    /// When the host cannot create it.
+    fn create_volatile(&self, name: &str) -> io::Result<Arc<dyn StorageFile>>;
+
+    /// Names the time since the host was started: what was written and not synced is there as long as this
+    /// is the same.
+    ///
+    /// # Errors
+    /// When the host cannot tell.
+    fn boot_id(&self) -> io::Result<String>;
+
     /// Creates several empty files as [`create`](Self::create) does.
     ///
     /// # Errors
@@ -169,6 +183,11 @@ fn free_later(path: PathBuf) {
     }
 }
 
+/// The id of the time since the host was started.
+pub(crate) fn host_boot_id() -> io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_owned())
+}
+
 /// Makes the names in a directory durable.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
@@ -191,6 +210,19 @@ impl StorageDirectory for HostDirectory {
         let file = self.create_file(name)?;
         sync_directory(&self.path)?;
         Ok(Arc::new(HostFile(file)))
+    }
+
+    fn create_volatile(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
+        if self.parent.is_some() {
+            self.make()?;
+        }
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(true).open(self.path.join(name))?;
+        Ok(Arc::new(HostFile(file)))
+    }
+
+    fn boot_id(&self) -> io::Result<String> {
+        host_boot_id()
     }
 
     fn create_all(&self, names: &[String]) -> io::Result<()> {

@@ -13,7 +13,7 @@ use bulbil_types::VolumeId;
 use bulbil_volume::{
     BlockDevice as _, HostDirectory, StorageDirectory, Volume, VolumeDirectory, VolumeErrorKind, VolumeRecord,
 };
-use support::{Image, read_all, step};
+use support::{Image, check_after, kill_or_lose_power, read_all, step};
 
 /// A directory whose syncs cost nothing, where there is one: what is tested is the volume's directory.
 fn quick_directory() -> tempfile::TempDir {
@@ -58,8 +58,8 @@ impl<'a> Machine<'a> {
         self.try_open(id).unwrap()
     }
 
-    fn crash(&self, rng: &mut Rng) {
-        if rng.one_in(3) { self.disk.kill_process() } else { self.disk.lose_power(rng) }
+    fn crash(&self, rng: &mut Rng) -> bool {
+        kill_or_lose_power(&self.disk, rng)
     }
 }
 
@@ -140,15 +140,15 @@ impl Family<'_> {
         let member = &mut self.members[parent];
         let id = VolumeId::random();
         self.asked = Some((id.clone(), member.oracle.clone()));
-        // What was not flushed is lost, as when a process is killed.
+        // What was not flushed is there, as when a process is killed.
         member.volume = None;
-        let made = Volume::clone_in(&*self.machine.directory(&member.id), &id);
+        let made = Volume::clone_in(self.machine.directory(&member.id), &id);
         let Ok(volume) = self.machine.try_open(&member.id) else { return false };
         let mut content = vec![0; volume.size_bytes() as usize];
         if volume.read_at(&mut content, 0).is_err() {
             return false;
         }
-        member.oracle.check_after_crash(&content).unwrap();
+        member.oracle.check_after_kill(&content).unwrap();
         let volume = member.volume.insert(volume);
         if volume.flush().is_err() {
             return false;
@@ -194,7 +194,7 @@ impl Family<'_> {
 
     fn crash_and_check(&mut self, rng: &mut Rng, context: &str) {
         self.members.iter_mut().for_each(|member| member.volume = None);
-        self.machine.crash(rng);
+        let killed = self.machine.crash(rng);
         if let Some((id, oracle)) = self.asked.take() {
             match self.machine.try_open(&id) {
                 Ok(volume) => self.members.push(Member { id, oracle, volume: Some(volume) }),
@@ -205,7 +205,7 @@ impl Family<'_> {
             let volume = member.volume.take().unwrap_or_else(|| self.machine.open(&member.id));
             assert!(volume.frozen_layers() <= 12, "{context}: {} layers", volume.frozen_layers());
             let content = read_all(&volume);
-            let checked = member.oracle.check_after_crash(&content);
+            let checked = check_after(killed, &mut member.oracle, &content);
             checked.unwrap_or_else(|e| panic!("{context}, {}: {e}", member.id));
             member.volume = Some(volume);
         }
@@ -271,25 +271,25 @@ fn a_crash_at_any_operation_of_a_clone_leaves_it_whole_or_not_there() {
             machine.disk.set_fuse(fuse);
             let made = match &volume {
                 Some(volume) => volume.clone_as(&clone),
-                None => Volume::clone_in(&*machine.directory(&id), &clone),
+                None => Volume::clone_in(machine.directory(&id), &clone),
             };
             assert!(made.is_ok() || machine.disk.is_dead(), "{context}: something failed before the crash");
             if open && made.is_ok() {
                 oracle.flushed();
             }
             drop(volume);
-            machine.crash(&mut rng);
+            let mut killed = machine.crash(&mut rng);
             // The parent first, or the clone: none waits for the other.
             let mut before = None;
             if rng.one_in(2) {
-                before = Some(check_opened(&machine, &id, &mut oracle, &context));
+                before = Some(check_opened(&machine, killed, &id, &mut oracle, &context));
             }
             let mut of_clone = oracle.clone();
             match machine.try_open(&clone) {
                 Ok(volume) => {
                     whole += 1;
                     let content = read_all(&volume);
-                    of_clone.check_after_crash(&content).unwrap_or_else(|e| panic!("{context}, clone: {e}"));
+                    check_after(killed, &mut of_clone, &content).unwrap_or_else(|e| panic!("{context}, clone: {e}"));
                     assert!(
                         before.as_ref().is_none_or(|volume| read_all(volume) == content),
                         "{context}: not the same"
@@ -303,15 +303,16 @@ fn a_crash_at_any_operation_of_a_clone_leaves_it_whole_or_not_there() {
                 }
             }
             // Nothing that the parent does from now on is the clone's, and nothing of the clone the parent's.
-            let volume = before.unwrap_or_else(|| check_opened(&machine, &id, &mut oracle, &context));
+            let volume = before.unwrap_or_else(|| check_opened(&machine, killed, &id, &mut oracle, &context));
             assert!((0..20).all(|tag| step(&volume, &mut oracle, &mut rng, 2000 + tag)));
             drop(volume);
             machine.disk.lose_power(&mut rng);
+            killed = false;
             if !of_clone.newest().is_empty() {
-                let volume = check_opened(&machine, &clone, &mut of_clone, &format!("{context}, clone again"));
+                let volume = check_opened(&machine, killed, &clone, &mut of_clone, &format!("{context}, clone again"));
                 assert!((0..20).all(|tag| step(&volume, &mut of_clone, &mut rng, 3000 + tag)));
             }
-            drop(check_opened(&machine, &id, &mut oracle, &format!("{context}, again")));
+            drop(check_opened(&machine, killed, &id, &mut oracle, &format!("{context}, again")));
             if made.is_ok() {
                 break;
             }
@@ -321,9 +322,9 @@ fn a_crash_at_any_operation_of_a_clone_leaves_it_whole_or_not_there() {
     assert!(whole > 12 && missing > 60, "{whole} whole, {missing} missing");
 }
 
-fn check_opened(machine: &Machine<'_>, id: &VolumeId, oracle: &mut DiskOracle, context: &str) -> Volume {
+fn check_opened(machine: &Machine<'_>, killed: bool, id: &VolumeId, oracle: &mut DiskOracle, context: &str) -> Volume {
     let volume = machine.open(id);
-    oracle.check_after_crash(&read_all(&volume)).unwrap_or_else(|e| panic!("{context}: {e}"));
+    check_after(killed, oracle, &read_all(&volume)).unwrap_or_else(|e| panic!("{context}: {e}"));
     volume
 }
 
@@ -348,7 +349,7 @@ fn without_second_names_or_with_too_many_layers_nothing_is_shared_until_a_snapsh
             volume.clone_as(&clone).unwrap()
         } else {
             drop(volume);
-            let shared = Volume::clone_in(&*machine.directory(&id), &clone).unwrap();
+            let shared = Volume::clone_in(machine.directory(&id), &clone).unwrap();
             volume = machine.open(&id);
             shared
         };
@@ -359,7 +360,7 @@ fn without_second_names_or_with_too_many_layers_nothing_is_shared_until_a_snapsh
     assert_eq!(volume.frozen_layers(), 8);
     assert_eq!(volume.clone_as(&two).unwrap(), None);
     drop(volume);
-    assert_eq!(Volume::clone_in(&*machine.directory(&id), &two).unwrap(), None);
+    assert_eq!(Volume::clone_in(machine.directory(&id), &two).unwrap(), None);
     let volume = machine.open(&id);
     // They are shared, so they are not merged; a snapshot that fails is taken along all the same.
     for tag in 20..40 {

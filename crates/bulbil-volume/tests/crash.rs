@@ -47,7 +47,7 @@ fn nothing_acknowledged_is_lost_when_1000_processes_are_killed() {
             let storage = Arc::new(HostDirectory::new(&dir.path().join("volume")));
             let content = read_all(&image.volume(storage));
             oracle
-                .check_after_crash(&content)
+                .check_after_kill(&content)
                 .unwrap_or_else(|e| panic!("seed {seed}, round {round}, kill {kill}: {e}\n{lines:?}"));
         }
     }

@@ -6,6 +6,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test may panic and makes small numbers")]
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Every file below a directory, by its path in it.
+/// Every file below a directory that is more than a note of this boot, by its path in it.
 fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let (mut found, mut todo) = (BTreeMap::new(), vec![root.to_owned()]);
     while let Some(directory) = todo.pop() {
@@ -34,7 +35,7 @@ fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 todo.push(path);
-            } else {
+            } else if !path.ends_with("map.live") {
                 found.insert(path.strip_prefix(root).unwrap().to_owned(), std::fs::read(&path).unwrap());
             }
         }
@@ -42,11 +43,15 @@ fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+fn put(path: &Path, bytes: &[u8]) {
+    std::fs::File::create(path).unwrap().write_all(bytes).unwrap();
+}
+
 fn copy(from: &Path, to: &Path) {
     for (path, bytes) in files(from) {
         let target = to.join(path);
         std::fs::create_dir_all(target.parent().unwrap()).unwrap();
-        std::fs::write(target, bytes).unwrap();
+        put(&target, &bytes);
     }
 }
 
@@ -155,10 +160,63 @@ fn what_is_written_now_is_byte_for_byte_what_was_written_then() {
             std::fs::copy(fixture(name).join(file), volume.join(file)).unwrap();
         }
         let record = std::fs::read_to_string(volume.join("volume.json")).unwrap();
-        std::fs::write(volume.join("volume.json"), record.replace("[1,0]", "[0]")).unwrap();
+        put(&volume.join("volume.json"), record.replace("[1,0]", "[0]").as_bytes());
         write(directory.path(), &store(directory.path()));
         assert_eq!(files(&volume), files(&fixture(name)), "{name}");
     }
+}
+
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim_end().to_owned()
+}
+
+/// A live map as docs/formats/overlay.md has it, that says of block 1 that it is data, of block 3 that it is zero.
+fn live_map(boot_id: &str) -> Vec<u8> {
+    let mut bytes = [b"BULBLIVE", &1_u32.to_le_bytes()[..], boot_id.as_bytes()].concat();
+    bytes.resize(4096, 0);
+    bytes.push(0b1000_0100);
+    bytes
+}
+
+#[test]
+fn what_a_killed_process_has_left_is_taken_over_within_a_boot_only() {
+    let other_boot = boot_id().chars().rev().collect::<String>();
+    for (boot_id, taken) in [(boot_id(), true), (other_boot, false)] {
+        let directory = tempfile::tempdir().unwrap();
+        let volume = directory.path().join("volumes").join(id().as_str());
+        copy(&fixture("overlay-v2"), &volume);
+        put(&volume.join("layer.1/map.live"), &live_map(&boot_id));
+        let mut content = expected(2);
+        if taken {
+            // Whatever the file has there: nothing, since the fixture has nothing.
+            content[BLOCK_LEN..2 * BLOCK_LEN].fill(0);
+            content[3 * BLOCK_LEN..4 * BLOCK_LEN].fill(0);
+        }
+        let store = plain_store(directory.path());
+        assert!(content_of(&open(directory.path(), &store)) == content, "taken: {taken}");
+        std::fs::remove_file(volume.join("layer.1/map.live")).unwrap();
+        assert!(content_of(&open(directory.path(), &store)) == content, "it is in the map now");
+    }
+}
+
+/// What is written is there for whoever comes next in the layout that is documented.
+#[test]
+fn a_change_is_in_the_live_map_before_the_write_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let volumes = VolumeDirectory::open(&directory.path().join("volumes")).unwrap();
+    volumes.create(&id(), (BLOCKS * BLOCK_LEN) as u64, None).unwrap();
+    let volume = open(directory.path(), &plain_store(directory.path()));
+    volume.write_at(&tagged(1, 16), BLOCK_LEN as u64, false).unwrap();
+    volume.write_at(&tagged(1, 16), 3 * BLOCK_LEN as u64, false).unwrap();
+    volume.write_zeroes(2 * BLOCK_LEN as u64, 2 * BLOCK_LEN as u64, false).unwrap();
+    let path = directory.path().join("volumes").join(id().as_str()).join("map.live");
+    let mut expected = live_map(&boot_id());
+    expected[4096] = 0b1010_0100;
+    expected.push(0b01);
+    assert!(std::fs::read(&path).unwrap() == expected);
+    volume.flush().unwrap();
+    drop(volume);
+    assert!(std::fs::read(&path).unwrap()[..48] == [0; 48], "nothing is left to be taken over");
 }
 
 /// The file that the base cache has made.
@@ -169,8 +227,7 @@ fn cache_file(directory: &Path) -> PathBuf {
 
 /// The first 8 KiB of a file of the base cache, as docs/formats/base-cache.md has it.
 fn cache_head(flags: u32, frames: usize) -> Vec<u8> {
-    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    let mut head = [b"BULBBASE", &2_u32.to_le_bytes()[..], boot_id.trim_end().as_bytes()].concat();
+    let mut head = [b"BULBBASE", &2_u32.to_le_bytes()[..], boot_id().as_bytes()].concat();
     head.extend(flags.to_le_bytes());
     head.resize(4096, 0);
     head.extend(vec![1; frames]);
@@ -184,27 +241,29 @@ fn the_base_cache_is_written_and_read_as_documented() {
     let store = plain_store(directory.path());
     let image = MemoryDisk((0..64).flat_map(|block| tagged(100 + block, 8)).collect());
     let digest = store.import(&image, &image).unwrap().digest;
-    let read = || {
+    let volume = || {
         let cache = Arc::new(BaseCache::open(&directory.path().join("cache")).unwrap());
         let overlay = Arc::new(bulbil_volume::HostDirectory::new(&directory.path().join("overlay")));
         let manifest = store.manifest(&digest).unwrap();
-        content_of(&Volume::over_image(image.0.len() as u64, manifest, &store, &cache, overlay).unwrap())
+        Volume::over_image(image.0.len() as u64, manifest, &store, &cache, overlay).unwrap()
     };
-    assert!(read() == image.0);
+    let first = volume();
+    assert!(content_of(&first) == image.0);
     let expected = [&cache_head(0, 2)[..], &image.0].concat();
     // Frames are written after the reads that fetched them.
     let path = cache_file(directory.path());
     wait_until("the layout has changed", || std::fs::read(&path).unwrap() == expected);
+    drop(first);
     let other: Vec<u8> = (0..64).flat_map(|block| tagged(900 + block, 8)).collect();
-    std::fs::write(&path, [&cache_head(0, 2)[..], &other].concat()).unwrap();
-    assert!(read() == other, "what a file of this layout holds is what is read");
+    put(&path, &[&cache_head(0, 2)[..], &other].concat());
+    assert!(content_of(&volume()) == other, "what a file of this layout holds is what is read");
     assert_eq!(other.len(), 2 * FRAME_LEN);
 }
 
-/// Files of the base cache, and BLAKE3 of what follows their headers.
+/// Files of the base cache, and BLAKE3 of their first frames.
 const ENCRYPTED_FRAMES: [(&str, &str); 2] = [
-    ("a5b93813381732fd55bae497db2ae8a5.frames", "b6fb73fc46938c981e2b0b4b1ef282adcfc89854d01bfe3972fdc4785b41b2c7"),
-    ("b06347d820705d7207a2a225816f5973.frames", "b94d2ac1decd2a586130416a5a2423f7b8aa5544217a8cea076f5fe71dd957b0"),
+    ("a5b93813381732fd55bae497db2ae8a5.frames", "50610b1e4a8f0e4efbe85beaee085c488a9d53776855b92f90d6874e0cc3243d"),
+    ("b06347d820705d7207a2a225816f5973.frames", "9a191a8cdf48d29a11f20bdbe8d468613ec52649e43dbe7c26c89d251a38bce0"),
 ];
 
 #[test]
@@ -216,7 +275,8 @@ fn the_base_cache_of_an_encrypted_store_is_written_as_documented() {
     let volumes = VolumeDirectory::open(&directory.path().join("volumes")).unwrap();
     let manifest = store.manifest(&digest).unwrap();
     volumes.create(&id(), manifest.size_bytes(), Some(&manifest)).unwrap();
-    content_of(&volumes.open_volume(&id(), &store, &cache).unwrap());
+    let volume = volumes.open_volume(&id(), &store, &cache).unwrap();
+    content_of(&volume);
     let expected = ENCRYPTED_FRAMES.map(|(name, hash)| (name.to_owned(), hash.to_owned()));
     wait_until("the layout has changed", || hashes_of_frames(&directory.path().join("cache")) == expected);
 }
@@ -225,7 +285,7 @@ fn hashes_of_frames(cache: &Path) -> Vec<(String, String)> {
     let frames = files(cache).into_iter().filter(|(name, _)| name.extension().is_some_and(|e| e == "frames"));
     let hash = |(name, bytes): (PathBuf, Vec<u8>)| {
         assert_eq!(bytes[..4096], cache_head(1, 0)[..4096]);
-        (name.display().to_string(), blake3::hash(&bytes[4096..]).to_hex().to_string())
+        (name.display().to_string(), blake3::hash(&bytes[8192..8192 + FRAME_LEN]).to_hex().to_string())
     };
     frames.map(hash).collect()
 }

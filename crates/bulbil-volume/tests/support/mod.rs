@@ -55,6 +55,22 @@ pub fn read_all(volume: &Volume) -> Vec<u8> {
     content
 }
 
+/// Ends the process, or the machine with it; says whether only the process.
+pub fn kill_or_lose_power(directory: &PowerLossDirectory, rng: &mut Rng) -> bool {
+    let killed = rng.one_in(3);
+    if killed {
+        directory.kill_process();
+    } else {
+        directory.lose_power(rng);
+    }
+    killed
+}
+
+/// Checks what a disk holds after its process has ended, or the machine with it.
+pub fn check_after(killed: bool, oracle: &mut DiskOracle, content: &[u8]) -> Result<(), String> {
+    if killed { oracle.check_after_kill(content) } else { oracle.check_after_crash(content) }
+}
+
 /// One random request; the oracle hears of it first. `false` when it failed: the machine is off.
 pub fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -> bool {
     let sectors_in_all = volume.size_bytes() / 512;
@@ -94,6 +110,7 @@ pub fn step(volume: &Volume, oracle: &mut DiskOracle, rng: &mut Rng, tag: u64) -
     if done.is_err() {
         return false;
     }
+    oracle.answered();
     if fua {
         // This volume makes everything durable with a FUA write.
         oracle.flushed();
@@ -123,14 +140,11 @@ pub fn crash_again_and_again(image: &Image, seeds: u64) -> u32 {
                 }
             }
             assert!(directory.is_dead(), "seed {seed}: a request failed before the crash");
-            if rng.one_in(3) {
-                directory.kill_process();
-            } else {
-                directory.lose_power(&mut rng);
-            }
+            let killed = kill_or_lose_power(&directory, &mut rng);
             crashes += 1;
             let content = read_all(&image.volume(Arc::new(directory.clone())));
-            oracle.check_after_crash(&content).unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}: {e}"));
+            let right = check_after(killed, &mut oracle, &content);
+            right.unwrap_or_else(|e| panic!("seed {seed}, crash {crashes}, killed {killed}: {e}"));
         }
     }
     crashes
