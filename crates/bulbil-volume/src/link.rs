@@ -68,8 +68,8 @@ pub(crate) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
         let spawn = |paths| std::thread::Builder::new().spawn_scoped(scope, move || sync(paths));
         let started: Vec<_> = others.chunks(each).map(spawn).collect::<io::Result<_>>()?;
         let synced = sync(own);
-        let all: io::Result<()> = started.into_iter().map(|sync| sync.join().expect("a sync does not panic")).collect();
-        synced.and(all)
+        // The scope waits for those that are left out after an error.
+        started.into_iter().try_for_each(|sync| sync.join().expect("a sync does not panic")).and(synced)
     })
 }
 

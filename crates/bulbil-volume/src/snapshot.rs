@@ -284,7 +284,7 @@ impl Volume {
     fn merge_frozen(&self, record: &mut VolumeRecord) -> Result<(), BlockError> {
         loop {
             let stack = self.stack();
-            let Some((upper, lower)) = mergeable(stack.frozen())? else { return Ok(()) };
+            let Some([upper, lower]) = mergeable(stack.frozen())? else { return Ok(()) };
             copy_changes(upper, lower, self.size_bytes().div_ceil(BLOCK_BYTES))?;
             lower.overlay.flush()?;
             let mut next = record.clone();
@@ -312,12 +312,12 @@ impl Volume {
     }
 }
 
-/// The oldest two neighbours of which the lower one may be written to.
-fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<(&Arc<Layer>, &Arc<Layer>)>, BlockError> {
+/// The oldest two neighbours of which the lower one may be written to: (upper, lower).
+fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<[&Arc<Layer>; 2]>, BlockError> {
     for pair in frozen.windows(2).rev() {
         let [upper, lower] = pair else { continue };
         if !lower.is_shared()? {
-            return Ok(Some((upper, lower)));
+            return Ok(Some([upper, lower]));
         }
     }
     Ok(None)
