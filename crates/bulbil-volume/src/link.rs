@@ -37,8 +37,8 @@ fn make(from: &Path, to: &Path, files: &[String], (name, bytes): (&str, &[u8])) 
     }
     File::create_new(to.join(name))?.write_all(bytes)?;
     directories.extend(to.parent().map(Path::to_owned));
-    let files = std::iter::once(name).chain(files.iter().map(String::as_str)).map(|file| to.join(file));
-    sync_all(&directories.into_iter().chain(files).collect::<Vec<_>>())
+    directories.push(to.join(name));
+    sync_all(&directories)
 }
 
 fn link(from: &Path, to: &Path) -> io::Result<()> {
