@@ -319,8 +319,6 @@ impl StorageDirectory for PowerLossDirectory {
         self.now(|state| state.replaced.entry(to(name)).or_default().1.push(bytes.to_vec()))?;
         self.now(|state| {
             for name in files {
-                let file = state.names[&to(name)];
-                state.files.get_mut(&file).unwrap().sync();
                 state.sync_name(&to(name));
             }
             state.sync_name(&to(name));

@@ -36,7 +36,9 @@ impl VolumeDirectory {
     /// Takes the same time whatever the volume's size and however much was written to it. `None` when
     /// the files cannot be shared: the host has no second names for them, or no more of them, or the
     /// volume has too many layers. A [`snapshot`](Self::snapshot) makes that possible again. Durable
-    /// when this returns; a crash before leaves the whole clone or none, and the volume as it was.
+    /// when this returns; a crash before leaves the whole clone or none, and the volume as it was. What a
+    /// process that was killed had written without a flush is in both, and durable when either of them
+    /// is opened, which is before anybody sees it.
     ///
     /// # Errors
     /// `NotFound`, `InUse`, `NoSpace`, `Corrupt`, `Io`. There is then no such clone.

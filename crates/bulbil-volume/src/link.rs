@@ -37,8 +37,8 @@ fn make(from: &Path, to: &Path, files: &[String], (name, bytes): (&str, &[u8])) 
     }
     File::create_new(to.join(name))?.write_all(bytes)?;
     directories.extend(to.parent().map(Path::to_owned));
-    let files = std::iter::once(name).chain(files.iter().map(String::as_str)).map(|file| to.join(file));
-    sync_all(&directories.into_iter().chain(files).collect::<Vec<_>>())
+    directories.push(to.join(name));
+    sync_all(&directories)
 }
 
 fn link(from: &Path, to: &Path) -> io::Result<()> {
@@ -68,8 +68,8 @@ pub(crate) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
         let spawn = |paths| std::thread::Builder::new().spawn_scoped(scope, move || sync(paths));
         let started: Vec<_> = others.chunks(each).map(spawn).collect::<io::Result<_>>()?;
         let synced = sync(own);
-        let all: io::Result<()> = started.into_iter().map(|sync| sync.join().expect("a sync does not panic")).collect();
-        synced.and(all)
+        // The scope waits for those that are left out after an error.
+        started.into_iter().try_for_each(|sync| sync.join().expect("a sync does not panic")).and(synced)
     })
 }
 

@@ -308,7 +308,7 @@ impl Volume {
     }
 }
 
-/// The oldest two neighbours of which the lower one may be written to.
+/// The oldest two neighbours of which the lower one may be written to: (upper, lower).
 fn mergeable(frozen: &[Arc<Layer>]) -> Result<Option<[&Arc<Layer>; 2]>, BlockError> {
     for pair in frozen.windows(2).rev() {
         let [upper, lower] = pair else { continue };

@@ -90,8 +90,8 @@ pub trait StorageDirectory: Send + Sync + std::fmt::Debug {
     fn links(&self, name: &str) -> io::Result<Option<u64>>;
 
     /// Makes a directory beside this one in which the same `files`, named by paths below this one, have
-    /// a second name, and puts a small file there. Durable when this returns, with all that was written
-    /// to the files; before that each name may be there or not, and the small file as well.
+    /// a second name, and puts a small file there. Durable when this returns, apart from what was written
+    /// to the files and not synced; before that each name may be there or not, and the small file as well.
     ///
     /// # Errors
     /// `Unsupported` when the host cannot give a file another name: the directory is not there then.
