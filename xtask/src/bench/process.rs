@@ -116,6 +116,18 @@ impl Server {
         writeln!(stdin, "{line}").and_then(|()| stdin.flush()).context("cannot write to a server")
     }
 
+    /// Closes the server's standard input, waits until it has ended by that, and returns what it has said.
+    pub(crate) fn finish(mut self) -> Result<String> {
+        drop(self.child.stdin.take());
+        let status = self.child.wait().context("cannot wait for a server")?;
+        let log = log_path(&self.socket);
+        let said = std::fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?;
+        if !status.success() {
+            bail!("a server failed: {status}\n{}", said.trim_end());
+        }
+        Ok(said)
+    }
+
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }

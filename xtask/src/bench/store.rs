@@ -4,8 +4,10 @@
 //! |---|---|
 //! | `images` | four disks one after another into one store: space, time, CPU |
 //! | `guest` | a volume inside a guest, by vhost-user-blk and by NBD |
+//! | `cold_boot` | a boot from S3 behind a network, beside a download and local disks |
 //! | `memory` | idle volumes, and what runs beside a machine |
 
+mod cold_boot;
 mod guest;
 mod images;
 mod memory;
@@ -21,6 +23,7 @@ use super::report::Report;
 pub(crate) enum Part {
     Images,
     Guest,
+    ColdBoot,
     Memory,
 }
 
@@ -29,6 +32,7 @@ pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> 
         match part {
             Part::Images => images::run(bed, report)?,
             Part::Guest => guest::run(bed, report)?,
+            Part::ColdBoot => cold_boot::run(bed, report)?,
             Part::Memory => memory::run(bed, report)?,
         }
     }
