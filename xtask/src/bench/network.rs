@@ -14,7 +14,8 @@ const PACKS: &str = "/packs/";
 #[derive(Debug)]
 pub(crate) struct SlowS3 {
     child: Child,
-    stdin: ChildStdin,
+    /// Until it is dropped.
+    stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
     endpoint: String,
     /// A store in the bucket.
@@ -41,7 +42,7 @@ impl SlowS3 {
         let mut command = Command::new(program);
         command.args([latency_ms.to_string(), bytes_per_s.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
-        let stdin = child.stdin.take().context("a server without standard input")?;
+        let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().context("a server without standard output")?);
         let (endpoint, location, objects, environment) = Default::default();
         let mut server = Self { child, stdin, stdout, endpoint, location, objects, environment };
@@ -81,14 +82,20 @@ impl SlowS3 {
         let bucket = self.objects.file_name().context("a bucket without a name")?.to_string_lossy();
         let mut command = Command::new("curl");
         command.args(["--fail", "--silent", "--show-error", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user"]);
-        command.arg(format!("{id}:{secret}")).arg("--output").arg(target);
+        // What later versions send by themselves.
+        command
+            .arg(format!("{id}:{secret}"))
+            .args(["--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"])
+            .arg("--output")
+            .arg(target);
         command.arg(format!("{}/{bucket}/{object}", self.endpoint));
         Ok(command)
     }
 
     /// What passed since this was last asked.
     pub(crate) fn take(&mut self) -> Result<Traffic> {
-        writeln!(self.stdin, "take").context("cannot write to the S3 server behind a network")?;
+        let stdin = self.stdin.as_mut().context("a server without standard input")?;
+        writeln!(stdin, "take").context("cannot write to the S3 server behind a network")?;
         let mut traffic = Traffic::default();
         loop {
             let line = self.line()?;
@@ -104,7 +111,8 @@ impl SlowS3 {
 
 impl Drop for SlowS3 {
     fn drop(&mut self) {
-        drop(self.child.kill());
+        // It ends by itself then, and removes its objects.
+        drop(self.stdin.take());
         drop(self.child.wait());
     }
 }

@@ -139,7 +139,7 @@ impl Server {
 
     /// User and system time of the process so far, in steps of 10 ms.
     pub(crate) fn cpu_s(&self) -> Result<f64> {
-        stat_cpu_s(&format!("/proc/{}/stat", self.child.id()), USER_FIELD)
+        process_cpu_s(self.child.id())
     }
 }
 
@@ -159,6 +159,11 @@ fn log_path(socket: &Path) -> PathBuf {
 const USER_FIELD: usize = 11;
 /// The same of `cutime`, the time of children that were waited for; `cstime` follows.
 const CHILDREN_FIELD: usize = 13;
+
+/// User and system time of a process so far, in steps of 10 ms.
+pub(crate) fn process_cpu_s(pid: u32) -> Result<f64> {
+    stat_cpu_s(&format!("/proc/{pid}/stat"), USER_FIELD)
+}
 
 fn children_cpu_s() -> Result<f64> {
     stat_cpu_s("/proc/self/stat", CHILDREN_FIELD)
