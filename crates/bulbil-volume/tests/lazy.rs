@@ -84,13 +84,14 @@ fn a_sequential_reader_finds_what_was_read_ahead_and_random_reads_fetch_nothing_
         let mut host = Host::open(dir.path(), remote);
         let image = noise(3, 128);
         let manifest = host.import(&image);
+        // On a busy machine a reader that never waits overtakes the threads that read ahead.
+        host.objects.set_delay(Duration::from_millis(4));
         let volume = host.volume(&manifest, &host.cache());
         for at in (0..image.len()).step_by(FRAME / 2) {
             check_read(&volume, &image, at, FRAME / 2);
         }
         let stats = volume.read_stats();
         assert_eq!(stats.demand_frames + stats.prefetched_frames, 128, "{stats:?}");
-        // On a busy machine the reader overtakes some of the work ahead.
         assert!(stats.prefetched_frames > 32 && stats.wasted_frames == 0, "{stats:?}");
         check_disjoint(&host.frame_requests(&manifest, host.objects.take_requests()));
 

@@ -102,7 +102,7 @@ fn add(report: &mut Report, outcomes: &[(&str, Outcome)], needed: WorkingSet) ->
             lower("bytes fetched, beside the working set", "x", share);
         }
         if [TRACED, FIRST].contains(&name) {
-            lower("bytes fetched more than once", "MiB", mib(outcome.traffic.repeated_bytes));
+            lower("frames fetched more than once", "MiB", mib(outcome.traffic.repeated_bytes));
             let reads = outcome.reads.as_deref().context("a volume that tells nothing of its reads")?;
             for counted in ["demand_frames", "prefetched_frames", "wasted_frames"] {
                 let value = number(reads, counted).with_context(|| format!("no {counted} in `{reads}`"))?;
@@ -200,6 +200,8 @@ impl<'a> Scene<'a> {
     fn boot_raw(&mut self) -> Result<Outcome> {
         let copy = self.bed.work.join("boot.raw");
         disks::resized(&self.disk, &copy, self.size_bytes)?;
+        // The guest's first flush must not wait for what the copy has left to be written.
+        timed(Command::new("sync").arg(&copy))?;
         disks::warm_up(&copy)?;
         self.boot_disk(&Attach::raw_file(&copy), Instant::now())
     }
