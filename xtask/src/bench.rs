@@ -11,8 +11,10 @@
 //! | `store` | the store and its volumes, beside casync, restic, borg and NBD servers |
 //! | `disks` | what is imported and served |
 //! | `process`, `fio`, `nbd`, `guest` | measured commands and servers, and the load on them |
+//! | `boot`, `network` | a guest that starts from a disk, an S3 server that is far away |
 //! | `report` | best, median, ratio; table and JSON |
 
+mod boot;
 pub(crate) mod disks;
 mod fio;
 mod formats;
@@ -20,6 +22,7 @@ pub(crate) mod guest;
 pub(crate) mod import;
 mod launch;
 mod nbd;
+mod network;
 pub(crate) mod process;
 mod report;
 mod store;
@@ -38,6 +41,8 @@ use crate::run::{cargo, find_program, print_data, say, workspace_root};
 Examples:
   cargo xtask bench --list                 What there is, and what each needs
   cargo xtask bench import --rounds 5      Imports only
+  cargo xtask bench store --part cold-boot --rounds 2
+                                           Cold boots from S3 behind a network: about 8 minutes
   cargo xtask bench --json > bench.json    Everything; the table goes to standard error
 
 Compare figures of one run only. On a machine that does other things at the same time, look at
@@ -106,7 +111,7 @@ impl Bench {
             }
             Self::Store => {
                 "disks of a server, updated in place and made anew, into one store, beside qemu-img, casync, restic and borg: \
-                 space, time, CPU"
+                 space, time, CPU; volumes in a guest; cold boots from S3 behind a network; memory"
             }
         }
     }
@@ -126,6 +131,8 @@ impl Bench {
             needed("mke2fs", "e2fsprogs"),
             needed("mmdebstrap", "mmdebstrap"),
             needed("rsync", "rsync"),
+            needed("qemu-system-x86_64", "qemu-system-x86"),
+            needed("curl", "curl"),
             optional("casync", "casync", "casync beside the store"),
             optional("restic", "restic", "restic beside the store"),
             optional("borg", "borgbackup", "borg beside the store"),
@@ -156,6 +163,8 @@ pub(crate) struct Bed {
     bulbil: PathBuf,
     /// The `bench_volume` example.
     pub(crate) bench_volume: PathBuf,
+    /// The `s3_behind_network` example.
+    s3_behind_network: PathBuf,
     rounds: u32,
     seconds: f64,
 }
@@ -203,10 +212,11 @@ impl Bed {
             work,
             bulbil: root.join("target/release/bulbil"),
             bench_volume: root.join("target/release/examples/bench_volume"),
+            s3_behind_network: root.join("target/release/examples/s3_behind_network"),
             rounds: 1,
             seconds: 1.0,
         };
-        for program in [&bed.bulbil, &bed.bench_volume] {
+        for program in [&bed.bulbil, &bed.bench_volume, &bed.s3_behind_network] {
             if !program.is_file() {
                 bail!("{} is not there\nhint: leave --no-build out", program.display());
             }
@@ -220,10 +230,12 @@ fn bench_dir() -> PathBuf {
     workspace_root().join("target/bench")
 }
 
-/// One command for both packages: with one set of features, nothing is compiled twice.
+/// One command for all packages: with one set of features, nothing is compiled twice.
 pub(crate) fn build() -> Result<()> {
-    let packages = ["--package", "bulbil", "--package", "bulbil-control"];
-    let targets = ["--bin", "bulbil", "--example", "bench_volume"];
+    let packages = ["bulbil", "bulbil-control", "bulbil-testkit", "bulbil-s3-testserver"];
+    let packages = packages.iter().flat_map(|name| ["--package", name]);
+    let targets = ["--bin", "bulbil", "--bin", "bulbil-s3-testserver", "--example", "bench_volume"];
+    let targets = targets.into_iter().chain(["--example", "s3_behind_network"]);
     cargo().args(["build", "--locked", "--release"]).args(packages).args(targets).run()
 }
 

@@ -6,11 +6,13 @@
 //! bench_volume time-clones DATA_DIR VOLUME N              clone it N times and print the microseconds of each
 //! bench_volume time-live-clones DATA_DIR VOLUME N         the same of an open clone of it, with a write before each
 //! bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N        open N, print the bytes of memory of each
-//! bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]
+//! bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user] [--boot]
+//! bench_volume working-set DATA_DIR DIGEST                   print what the image's boot trace comes to
 //! ```
-//! `serve` goes on until standard input is closed. The line `snapshot` takes a snapshot meanwhile, `stats` prints what
-//! reads of the image have cost.
+//! `serve` goes on until standard input is closed, with `--boot` as for a machine that starts. The line `snapshot` takes
+//! a snapshot meanwhile, `boot-over` keeps what the boot has read, `stats` prints what reads of the image have cost.
 //! A volume is made and opened as a launch does it: from the image's manifest, durable.
+//! A new data directory belongs to the store that `BULBIL_STORE` names.
 
 use std::error::Error;
 use std::io::{self, BufRead as _, Write as _};
@@ -23,14 +25,15 @@ use bulbil_export::nbd::{Export, NbdServer};
 use bulbil_export::vhost_user::{Options, VhostUserServer};
 use bulbil_store::{Digest, ImportObserver, Store};
 use bulbil_types::VolumeId;
-use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory};
+use bulbil_volume::{BlockDevice as _, Volume, VolumeDirectory, WorkingSet, boot_working_set};
 
 const USAGE: &str = "usage: bench_volume create DATA_DIR DIGEST SIZE_BYTES
        bench_volume time-creates DATA_DIR DIGEST SIZE_BYTES N
        bench_volume time-clones DATA_DIR VOLUME N
        bench_volume time-live-clones DATA_DIR VOLUME N
        bench_volume open-many DATA_DIR DIGEST SIZE_BYTES N
-       bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user]";
+       bench_volume serve DATA_DIR VOLUME SOCKET [--nbd | --vhost-user] [--boot]
+       bench_volume working-set DATA_DIR DIGEST";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -64,11 +67,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             let each = Volumes::open(data)?.open_many(&digest.parse()?, size_bytes.parse()?, count.parse()?)?;
             writeln!(io::stdout(), "{each}")?;
         }
-        ["serve", data, volume, socket] | ["serve", data, volume, socket, "--nbd"] => {
-            Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket), false)?;
+        ["serve", data, volume, socket, ref flags @ ..] => {
+            let has = |flag: &str| flags.contains(&flag);
+            let volumes = Volumes::open(data)?;
+            volumes.serve(&volume.parse()?, Path::new(socket), has("--vhost-user"), has("--boot"))?;
         }
-        ["serve", data, volume, socket, "--vhost-user"] => {
-            Volumes::open(data)?.serve(&volume.parse()?, Path::new(socket), true)?;
+        ["working-set", data, digest] => {
+            let found = Volumes::open(data)?.working_set(&digest.parse()?)?.ok_or("the image has no boot trace")?;
+            writeln!(io::stdout(), "{} {} {}", found.read_bytes, found.frames, found.stored_bytes)?;
         }
         _ => return Err(USAGE.into()),
     }
@@ -85,7 +91,8 @@ struct Volumes {
 impl Volumes {
     fn open(data: &str) -> Result<Self, Box<dyn Error>> {
         let data = DataDir::open(Path::new(data))?;
-        let store = Arc::new(open_store(&data, &StoreChoice::default())?.0);
+        let location = std::env::var("BULBIL_STORE").ok().map(|location| location.parse()).transpose()?;
+        let store = Arc::new(open_store(&data, &StoreChoice { location, key: None })?.0);
         let directory = VolumeDirectory::open(&data.volumes())?;
         Ok(Self { data, store, directory })
     }
@@ -133,9 +140,17 @@ impl Volumes {
         Ok(own_memory_bytes()?.saturating_sub(before) / count.max(1))
     }
 
-    fn serve(&self, id: &VolumeId, socket: &Path, vhost_user: bool) -> Result<(), Box<dyn Error>> {
+    fn working_set(&self, digest: &Digest) -> Result<Option<WorkingSet>, Box<dyn Error>> {
+        let cache = Arc::new(open_cache(&self.data)?);
+        Ok(boot_working_set(&self.store, &cache, self.store.manifest(digest)?)?)
+    }
+
+    fn serve(&self, id: &VolumeId, socket: &Path, vhost_user: bool, boot: bool) -> Result<(), Box<dyn Error>> {
         let cache = Arc::new(open_cache(&self.data)?);
         let volume = Arc::new(self.directory.open_volume(id, &self.store, &cache)?);
+        if boot {
+            volume.expect_boot();
+        }
         if vhost_user {
             let server = VhostUserServer::bind(socket, Arc::clone(&volume) as _, Options::default())?.spawn()?;
             obey(&volume)?;
@@ -155,8 +170,9 @@ fn obey(volume: &Volume) -> Result<(), Box<dyn Error>> {
     for line in io::stdin().lock().lines() {
         match line?.trim() {
             "snapshot" => writeln!(io::stderr(), "{}", volume.snapshot(&Silent)?.digest)?,
-            "stats" => writeln!(io::stdout(), "{:?}", volume.read_stats())?,
-            other => return Err(format!("`{other}` is no command: there are snapshot and stats").into()),
+            "boot-over" => drop(volume.finish_recording()?),
+            "stats" => writeln!(io::stderr(), "{:?}", volume.read_stats())?,
+            other => return Err(format!("`{other}` is no command: there are snapshot, boot-over and stats").into()),
         }
     }
     Ok(())

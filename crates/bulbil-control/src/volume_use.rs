@@ -23,6 +23,8 @@ use crate::volume_ops::{open_volume, volume_error};
 pub struct UsedDevice {
     /// What to serve.
     pub device: Arc<dyn BlockDevice>,
+    /// A volume, where it is one.
+    volume: Option<Arc<Volume>>,
     /// Where an image's overlay would be, which nothing is written to.
     _scratch: Option<tempfile::TempDir>,
     _lease: Option<ContentLease>,
@@ -31,6 +33,15 @@ pub struct UsedDevice {
 impl std::fmt::Debug for UsedDevice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("UsedDevice").field("size_bytes", &self.device.size_bytes()).finish_non_exhaustive()
+    }
+}
+
+impl UsedDevice {
+    /// Prepares for a machine that starts from the volume; see [`Volume::expect_boot`]. Nothing to do for an image.
+    pub fn expect_boot(&self) {
+        if let Some(volume) = &self.volume {
+            volume.expect_boot();
+        }
     }
 }
 
@@ -43,9 +54,10 @@ pub fn use_volume(data: &DataDir, id: &VolumeId, read_only: bool) -> Result<Used
     let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| volume_error("cannot open the volumes", &e))?;
     let volume = open_volume(&volumes, id, &store, &cache);
     let volume = volume.map_err(|e| volume_error(format!("cannot open volume {id}"), &e))?;
-    let device: Arc<dyn BlockDevice> = Arc::new(volume);
+    let volume = Arc::new(volume);
+    let device: Arc<dyn BlockDevice> = Arc::clone(&volume) as _;
     let device = if read_only { Arc::new(ReadOnly(device)) } else { device };
-    Ok(UsedDevice { device, _scratch: None, _lease: None })
+    Ok(UsedDevice { device, volume: Some(volume), _scratch: None, _lease: None })
 }
 
 /// Opens the content of an image for reading; it stays in the store meanwhile, also when the image is removed.
@@ -67,7 +79,12 @@ pub fn use_content(data: &DataDir, digest: &Digest) -> Result<UsedDevice, Contro
     let storage = Arc::new(HostDirectory::new(scratch.path()));
     let volume = Volume::over_image(manifest.size_bytes(), manifest, &store, &cache, storage);
     let volume = volume.map_err(|e| failed(&e))?;
-    Ok(UsedDevice { device: Arc::new(ReadOnly(Arc::new(volume))), _scratch: Some(scratch), _lease: Some(lease) })
+    Ok(UsedDevice {
+        device: Arc::new(ReadOnly(Arc::new(volume))),
+        volume: None,
+        _scratch: Some(scratch),
+        _lease: Some(lease),
+    })
 }
 
 fn open_both(data: &DataDir) -> Result<(Arc<Store>, Arc<BaseCache>), ControlError> {

@@ -235,17 +235,20 @@ impl Store {
             return Ok(footer);
         }
         let name = id.object_name();
-        let tail = |len: u64| {
-            let len_usize = usize::try_from(len).map_err(|_| StoreError::corrupt("footer does not fit in memory"))?;
-            self.objects.get_range(&name, pack_bytes - len, len_usize)
+        // Bytes between two distances from the end.
+        let part = |from: u64, to: u64| {
+            let len = usize::try_from(from - to).map_err(|_| StoreError::corrupt("footer does not fit in memory"))?;
+            self.objects.get_range(&name, pack_bytes - from, len)
         };
         if pack_bytes > pack::MAX_PACK_BYTES {
             return Err(StoreError::corrupt(format!("pack {id} has {pack_bytes} bytes")));
         }
-        let mut bytes = tail(pack::tail_guess_bytes(pack_bytes))?;
+        let guess = pack::tail_guess_bytes(pack_bytes);
+        let mut bytes = part(guess, 0)?;
         let span = pack::footer_span(&bytes, pack_bytes)?;
-        if span > bytes.len() as u64 {
-            bytes = tail(span)?;
+        if span > guess {
+            // What is before the bytes that are here.
+            bytes = [part(span, guess)?, bytes].concat();
         }
         let footer = Arc::new(pack::parse_footer(id, &bytes, pack_bytes, self.pack_keys())?);
         self.footers.lock().expect("no panic while held").put(id, Arc::clone(&footer));

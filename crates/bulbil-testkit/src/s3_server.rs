@@ -125,7 +125,8 @@ impl Drop for S3Server {
 /// The server's program, beside the test's own. No dependency: only who needs it waits for its build.
 fn built() -> PathBuf {
     let test = std::env::current_exe().expect("a program has a path");
-    let directory = test.ancestors().skip(1).find(|path| !path.ends_with("deps")).expect("below a target directory");
+    let is_inner = |path: &Path| path.ends_with("deps") || path.ends_with("examples");
+    let directory = test.ancestors().skip(1).find(|path| !is_inner(path)).expect("below a target directory");
     let program = directory.join(PACKAGE);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("a crate of the workspace");
     if !is_current(&program, root) {

@@ -60,6 +60,7 @@ mod trace_record;
 mod trace_replay;
 mod volume;
 mod warm;
+mod working_set;
 
 pub use cache::{BaseCache, CacheOptions};
 pub use cache_heal::CacheHealer;
@@ -73,3 +74,4 @@ pub use storage::{HostDirectory, StorageDirectory, StorageFile};
 pub use trace_record::inherit_trace;
 pub use volume::{Volume, VolumeDirectory};
 pub use warm::{WarmEnd, WarmObserver, WarmReport, warm};
+pub use working_set::{WorkingSet, boot_working_set};

@@ -86,6 +86,8 @@ impl VolumeDirectory {
 
     /// Opens a volume for reading and writing; only one process can at a time.
     ///
+    /// Who is going to boot from it calls [`Volume::expect_boot`] next.
+    ///
     /// # Errors
     /// `NotFound`, `InUse`, `Corrupt`, `Io`.
     pub fn open_volume(
@@ -99,8 +101,6 @@ impl VolumeDirectory {
         let record = self.record(id)?;
         let storage = open_for_store(Arc::new(HostDirectory::new(&directory)), store)?;
         let volume = Volume::open(record, storage, store, cache)?;
-        volume.start_prefetch();
-        volume.start_recording();
         Ok(Volume { _lock: Some(lock), ..volume })
     }
 
@@ -317,18 +317,14 @@ impl Volume {
         self.stack().layers.base.as_ref().map_or(before, |base| before.plus(&base.stats()))
     }
 
-    /// Begins to fetch what earlier boots of the image have touched, in the background, once.
+    /// Begins to fetch what earlier boots of the image have touched, in the background, and to record what this one
+    /// touches first.
     ///
-    /// Reads never wait for it. It ends with the volume.
-    pub fn start_prefetch(&self) {
+    /// For volumes that a machine starts from: other readers touch other things, and what they touch is no boot.
+    /// Reads never wait for it. It ends with the volume; a second call fetches nothing again and records anew.
+    pub fn expect_boot(&self) {
         if let Some(base) = &self.stack().layers.base {
             base.start_prefetch();
-        }
-    }
-
-    /// Begins to record which blocks of the image are touched first.
-    pub fn start_recording(&self) {
-        if let Some(base) = &self.stack().layers.base {
             base.start_recording();
         }
     }

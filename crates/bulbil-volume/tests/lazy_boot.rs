@@ -3,11 +3,12 @@
 
 mod lazy_support;
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bulbil_store::{AttachmentKind, Manifest, StoreErrorKind};
 use bulbil_testkit::{Answer, Request, Rng};
-use bulbil_volume::{BlockDevice as _, Volume, inherit_trace};
+use bulbil_volume::{BlockDevice as _, Volume, boot_working_set, inherit_trace};
 use lazy_support::{FRAME, Host, check_disjoint, check_read, noise, wait_until};
 
 /// Places that a boot reads, in its order: files here and there, some of them longer.
@@ -28,7 +29,7 @@ fn run_boot(volume: &Volume, image: &[u8], reads: &[(usize, usize)]) {
 
 fn touched_frames(reads: &[(usize, usize)]) -> usize {
     let frames = reads.iter().flat_map(|(offset, len)| offset / FRAME..=(offset + len - 1) / FRAME);
-    frames.collect::<std::collections::HashSet<_>>().len()
+    frames.collect::<HashSet<_>>().len()
 }
 
 fn stored_bytes(requests: &[Request]) -> usize {
@@ -50,8 +51,16 @@ fn the_second_cold_boot_finds_everything_fetched_by_few_large_reads() {
     let first = volume.read_stats();
     let first_requests = host.frame_requests(&manifest, host.objects.take_requests());
     assert!(stored_bytes(&first_requests) <= touched * FRAME * 12 / 10, "{first:?}, {touched} frames");
+    let working_set = || boot_working_set(&host.store, &host.cache(), manifest.clone()).unwrap();
+    assert_eq!(working_set(), None);
     assert!(volume.finish_recording().unwrap());
     assert!(!volume.finish_recording().unwrap(), "once");
+    let found = working_set().unwrap();
+    let blocks: HashSet<_> = reads.iter().flat_map(|(offset, len)| offset / 4096..(offset + len) / 4096).collect();
+    assert_eq!((found.frames as usize, found.read_bytes as usize), (touched, blocks.len() * 4096));
+    let plain = touched * FRAME;
+    assert!((plain..plain * 101 / 100).contains(&(found.stored_bytes as usize)), "it does not compress: {found:?}");
+    host.objects.take_requests();
     drop(volume);
 
     host.forget_cache();
@@ -133,6 +142,33 @@ fn a_volume_closed_before_its_boot_is_over_leaves_no_trace() {
     drop(volume);
     let error = host.store.attachment(&manifest.digest(), AttachmentKind::BootTrace).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::NotFound);
+}
+
+#[test]
+fn a_volume_that_nobody_boots_from_fetches_nothing_ahead_and_records_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = Host::open(dir.path(), true);
+    let image = noise(10, 30);
+    let manifest = host.import(&image);
+    let trace = |host: &Host| host.store.attachment(&manifest.digest(), AttachmentKind::BootTrace);
+    let volume = host.quiet_volume(&manifest, &host.cache());
+    check_read(&volume, &image, 7 * FRAME, 4096);
+    assert!(!volume.finish_recording().unwrap());
+    assert_eq!(trace(&host).unwrap_err().kind(), StoreErrorKind::NotFound);
+
+    let volume = host.volume(&manifest, &host.cache());
+    run_boot(&volume, &image, &(0..20).map(|frame| (frame * FRAME, FRAME)).collect::<Vec<_>>());
+    volume.finish_recording().unwrap();
+    trace(&host).unwrap();
+    drop(volume);
+    host.forget_cache();
+    host.objects.take_requests();
+    let volume = host.quiet_volume(&manifest, &host.cache());
+    check_read(&volume, &image, 25 * FRAME, 4096);
+    check_read(&volume, &image, 27 * FRAME, 4096);
+    let requests = host.objects.take_requests();
+    assert!(!requests.iter().any(|request| request.name.contains("boot-trace")), "{requests:?}");
+    assert_eq!(volume.read_stats().prefetched_frames, 0);
 }
 
 #[test]

@@ -33,6 +33,12 @@ impl Attach {
         Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=file"].map(str::to_owned).to_vec())
     }
 
+    /// A qcow2 file by the same.
+    pub(crate) fn qcow2_file(disk: &Path) -> Self {
+        let node = format!("driver=qcow2,node-name=file,file.driver=file,file.filename={}", disk.display());
+        Self(["-blockdev", &node, "-device", "virtio-blk-pci,drive=file"].map(str::to_owned).to_vec())
+    }
+
     /// An NBD server on a unix socket; a server that is gone is waited for.
     pub(crate) fn nbd(socket: &Path) -> Self {
         let path = socket.display();
@@ -45,6 +51,10 @@ impl Attach {
     pub(crate) fn vhost_user(socket: &Path) -> Self {
         let chardev = format!("socket,id=vhost,path={},reconnect=1", socket.display());
         Self(["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=vhost"].map(str::to_owned).to_vec())
+    }
+
+    pub(crate) fn options(&self) -> &[String] {
+        &self.0
     }
 }
 

@@ -114,8 +114,16 @@ impl<'a> DataDir<'a> {
 
     /// Starts a daemon that ends when the returned value is dropped.
     pub(crate) fn start_daemon(&self) -> Result<Server> {
+        self.start_daemon_with([])
+    }
+
+    /// The same with variables of its own.
+    pub(crate) fn start_daemon_with<'v>(
+        &self,
+        variables: impl IntoIterator<Item = (&'v str, &'v str)>,
+    ) -> Result<Server> {
         let mut command = Command::new(&self.bed.bulbil);
-        command.args(["serve", "--data-dir"]).arg(&self.path);
+        command.args(["serve", "--data-dir"]).arg(&self.path).envs(variables);
         Server::start_and_wait(&mut command, &self.path.join("run/bulbil.sock"))
     }
 

@@ -116,6 +116,18 @@ impl Server {
         writeln!(stdin, "{line}").and_then(|()| stdin.flush()).context("cannot write to a server")
     }
 
+    /// Closes the server's standard input, waits until it has ended by that, and returns what it has said.
+    pub(crate) fn finish(mut self) -> Result<String> {
+        drop(self.child.stdin.take());
+        let status = self.child.wait().context("cannot wait for a server")?;
+        let log = log_path(&self.socket);
+        let said = std::fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?;
+        if !status.success() {
+            bail!("a server failed: {status}\n{}", said.trim_end());
+        }
+        Ok(said)
+    }
+
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
@@ -127,7 +139,7 @@ impl Server {
 
     /// User and system time of the process so far, in steps of 10 ms.
     pub(crate) fn cpu_s(&self) -> Result<f64> {
-        stat_cpu_s(&format!("/proc/{}/stat", self.child.id()), USER_FIELD)
+        process_cpu_s(self.child.id())
     }
 }
 
@@ -147,6 +159,11 @@ fn log_path(socket: &Path) -> PathBuf {
 const USER_FIELD: usize = 11;
 /// The same of `cutime`, the time of children that were waited for; `cstime` follows.
 const CHILDREN_FIELD: usize = 13;
+
+/// User and system time of a process so far, in steps of 10 ms.
+pub(crate) fn process_cpu_s(pid: u32) -> Result<f64> {
+    stat_cpu_s(&format!("/proc/{pid}/stat"), USER_FIELD)
+}
 
 fn children_cpu_s() -> Result<f64> {
     stat_cpu_s("/proc/self/stat", CHILDREN_FIELD)

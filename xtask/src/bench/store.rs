@@ -5,9 +5,11 @@
 //! | `images` | four disks one after another into one store: space, time, CPU |
 //! | `clones` | clones of volumes of any size, after many writes, and many of them |
 //! | `guest` | a volume inside a guest, by vhost-user-blk and by NBD |
+//! | `cold_boot` | a boot from S3 behind a network, beside a download and local disks |
 //! | `memory` | idle volumes, and what runs beside a machine |
 
 mod clones;
+mod cold_boot;
 mod guest;
 mod images;
 mod memory;
@@ -24,6 +26,7 @@ pub(crate) enum Part {
     Images,
     Clones,
     Guest,
+    ColdBoot,
     Memory,
 }
 
@@ -33,6 +36,7 @@ pub(crate) fn run(bed: &Bed, parts: &[Part], report: &mut Report) -> Result<()> 
             Part::Images => images::run(bed, report)?,
             Part::Clones => clones::run(bed, report)?,
             Part::Guest => guest::run(bed, report)?,
+            Part::ColdBoot => cold_boot::run(bed, report)?,
             Part::Memory => memory::run(bed, report)?,
         }
     }

@@ -49,6 +49,7 @@ impl ServedDisk {
         let volumes = VolumeDirectory::open(&data.volumes()).map_err(|e| failed("cannot open the volumes")(&e))?;
         let volume = open_volume(&volumes, &record.volume_id, &Arc::new(store), &Arc::new(cache))
             .map_err(|e| failed("cannot open the root disk")(&e))?;
+        volume.expect_boot();
         Ok(Self { volume: Arc::new(volume), server: None })
     }
 

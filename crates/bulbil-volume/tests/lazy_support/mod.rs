@@ -50,7 +50,15 @@ impl Host {
         drop(std::fs::remove_dir_all(self.path.join("cache")));
     }
 
+    /// A new volume that somebody boots from.
     pub(crate) fn volume(&self, manifest: &Manifest, cache: &Arc<BaseCache>) -> Volume {
+        let volume = self.quiet_volume(manifest, cache);
+        volume.expect_boot();
+        volume
+    }
+
+    /// A new volume that nobody boots from.
+    pub(crate) fn quiet_volume(&self, manifest: &Manifest, cache: &Arc<BaseCache>) -> Volume {
         let id = VolumeId::random();
         self.volumes.create(&id, manifest.size_bytes(), Some(manifest)).unwrap();
         self.volumes.open_volume(&id, &self.store, cache).unwrap()

@@ -92,6 +92,8 @@ pub(crate) async fn serve(context: &Context<'_>, arguments: ServeArgs) -> CliRes
     let path =
         std::path::absolute(typed).map_err(|e| CliError::io(format!("cannot serve at `{}`", typed.display()), &e))?;
     let used = open_volume(context, &view, arguments.read_only)?;
+    // What connects is a machine, as far as is known; a mount is none.
+    used.expect_boot();
     let server = if is_nbd {
         let export = Export { name: String::new(), description: view.title(), device: Arc::clone(&used.device) };
         let served = NbdServer::bind(&path).and_then(|server| server.export(export)).and_then(NbdServer::spawn);
