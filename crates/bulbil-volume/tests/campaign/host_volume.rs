@@ -1,0 +1,134 @@
+//! A volume of a host, and what it must hold.
+
+use std::collections::BTreeSet;
+
+use bulbil_store::{Digest, Store};
+use bulbil_testkit::{DiskOracle, Rng};
+use bulbil_types::VolumeId;
+use bulbil_volume::{BlockDevice as _, Volume, VolumeRecord, open_for_store};
+use std::sync::Arc;
+
+use crate::backing::{Disk, new_disk};
+use crate::host::Process;
+use crate::world::{World, chain};
+
+/// The size of a volume without an image, in blocks.
+const EMPTY_BLOCKS: u64 = 24;
+
+pub(crate) struct HostVolume {
+    pub(crate) disk: Disk,
+    pub(crate) oracle: DiskOracle,
+    /// Contents that its record may name.
+    pub(crate) bases: BTreeSet<Digest>,
+    /// A size that was asked for without an answer.
+    pub(crate) asked_size: Option<u64>,
+    /// The volume as the running process has it open.
+    pub(crate) open: Option<Volume>,
+    /// The process has failed at it in a way that only a restart ends.
+    pub(crate) broken: bool,
+    crashed: bool,
+}
+
+impl HostVolume {
+    /// Makes a volume; `None` when that failed.
+    pub(crate) fn create(process: &Process<'_>, base: Option<Digest>, rng: &mut Rng) -> Option<Self> {
+        let disk = new_disk(&process.world.directory);
+        let manifest = match base {
+            Some(digest) => Some(process.store.manifest(&digest).ok()?),
+            None => None,
+        };
+        let mut content = match base {
+            Some(digest) => process.world.content(&digest).to_vec(),
+            None => vec![0; EMPTY_BLOCKS as usize * 4096],
+        };
+        content.resize(content.len() + rng.below(3) as usize * 4096, 0);
+        Volume::create_in(&*disk.storage(), &VolumeId::random(), content.len() as u64, manifest.as_ref()).ok()?;
+        Some(Self {
+            disk,
+            oracle: DiskOracle::new(&content),
+            bases: base.into_iter().collect(),
+            asked_size: None,
+            open: None,
+            broken: false,
+            crashed: false,
+        })
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken || self.disk.is_dead()
+    }
+
+    /// The process that had it open is gone.
+    pub(crate) fn crash(&mut self, loses_power: bool, rng: &mut Rng) {
+        self.open = None;
+        self.disk.crash(loses_power, rng);
+        (self.crashed, self.broken) = (true, false);
+    }
+
+    pub(crate) fn end(&self, world: &World) {
+        world.count_all("faults", self.disk.faults());
+    }
+
+    /// Opens it unless it is open; after a crash it is checked first. Whether it is open.
+    pub(crate) fn open(&mut self, world: &World, store: &Arc<Store>, cache: &Arc<bulbil_volume::BaseCache>) -> bool {
+        if self.open.is_some() {
+            return true;
+        }
+        let files = open_for_store(self.disk.storage(), store);
+        let Ok(volume) = files.and_then(|files| Volume::open_in(files, store, cache)) else { return false };
+        if self.crashed && !self.check_after_crash(world, &volume) {
+            return false;
+        }
+        self.open = Some(volume);
+        true
+    }
+
+    /// As [`open`](Self::open), where nothing may fail.
+    pub(crate) fn open_now(&mut self, world: &World, store: &Arc<Store>, cache: &Arc<bulbil_volume::BaseCache>) {
+        let files = open_for_store(self.disk.storage(), store);
+        let volume = files.and_then(|files| Volume::open_in(files, store, cache));
+        let volume = volume.unwrap_or_else(|e| world.fail(&format!("a volume does not open: {}", chain(&e))));
+        if !self.check_after_crash(world, &volume) {
+            let mut content = vec![0; volume.size_bytes() as usize];
+            let error = volume.read_at(&mut content, 0).unwrap_err();
+            world.fail(&format!("a volume cannot be read: {}", chain(&error)));
+        }
+        self.open = Some(volume);
+    }
+
+    /// `false` when it cannot be read now.
+    fn check_after_crash(&mut self, world: &World, volume: &Volume) -> bool {
+        let mut content = vec![0; volume.size_bytes() as usize];
+        if volume.read_at(&mut content, 0).is_err() {
+            return false;
+        }
+        let before = self.oracle.newest().len();
+        if self.asked_size.take() == Some(content.len() as u64) {
+            self.oracle.grow((content.len() - before) as u64 / 4096);
+        }
+        if content.len() != self.oracle.newest().len() {
+            world.fail(&format!("a volume has {} bytes after a crash, {before} before", content.len()));
+        }
+        self.oracle.check_after_crash(&content).unwrap_or_else(|e| world.fail(&format!("after a crash: {e}")));
+        world.count("bytes checked: volumes after crashes", content.len() as u64);
+        let record = self.disk.storage().read("volume.json").unwrap_or(None);
+        if let Some(record) = record.and_then(|bytes| serde_json::from_slice::<VolumeRecord>(&bytes).ok()) {
+            if let Some(base) = record.base.filter(|base| !self.bases.contains(base)) {
+                world.fail(&format!("a volume lies above {base}, which it was never put above"));
+            }
+            self.bases = record.base.into_iter().collect();
+        }
+        self.crashed = false;
+        true
+    }
+
+    /// Checks what it serves while it runs, where it can be read.
+    pub(crate) fn check_running(&self, world: &World) {
+        let Some(volume) = &self.open else { return };
+        let mut content = vec![0; volume.size_bytes() as usize];
+        if volume.read_at(&mut content, 0).is_ok() {
+            self.oracle.check_running(&content).unwrap_or_else(|e| world.fail(&format!("while it runs: {e}")));
+            world.count("bytes checked: running volumes", content.len() as u64);
+        }
+    }
+}
