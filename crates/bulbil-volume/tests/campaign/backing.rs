@@ -113,10 +113,10 @@ impl Disk {
         if rng.one_in(3) {
             let mut often = |n| if rng.one_in(2) { 0 } else { n };
             let faults = DirectoryFaults {
-                no_space: often(15),
-                failed_write: often(60),
-                failed_read: often(60),
-                failed_sync: often(20),
+                no_space: often(12),
+                failed_write: often(40),
+                failed_read: often(100),
+                failed_sync: often(12),
             };
             directory.set_faults(faults, rng.next_u64());
         }

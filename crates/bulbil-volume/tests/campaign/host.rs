@@ -61,7 +61,7 @@ impl Host {
     }
 
     pub(crate) fn run(&mut self, world: &World) {
-        for _ in 0..2 + self.rng.below(4) {
+        for _ in 0..2 + self.rng.below(5) {
             self.life(world);
         }
     }
@@ -85,7 +85,7 @@ impl Host {
         for volume in &self.volumes {
             volume.disk.arm(&mut self.rng);
         }
-        for _ in 0..2 + self.rng.below(8) {
+        for _ in 0..4 + self.rng.below(12) {
             self.step(&mut process);
             if process.is_killed() || self.volumes.iter().any(HostVolume::is_broken) {
                 break;
@@ -111,19 +111,19 @@ impl Host {
 
     fn step(&mut self, process: &mut Process<'_>) {
         let world = process.world;
-        let step = match self.rng.below(32) {
+        let step = match self.rng.below(40) {
             0..5 => self.import(process),
             5..7 => self.remove(process),
             7..9 => self.tidy(process),
-            9..12 => self.launch(process),
-            12..22 => self.use_volume(process),
-            22..25 => self.collect(process),
-            25 => {
+            9..13 => self.launch(process),
+            13..29 => self.use_volume(process),
+            29..32 => self.collect(process),
+            32 => {
                 drop(process.store.sweep());
                 "sweep"
             }
-            26..28 => self.scrub(process),
-            28..30 => self.copy(process),
+            33..35 => self.scrub(process),
+            35..38 => self.copy(process),
             _ => {
                 world.clock.advance_ms(self.rng.below(15 * 60_000));
                 "leap of the clock"

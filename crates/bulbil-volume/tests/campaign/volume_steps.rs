@@ -40,7 +40,8 @@ impl Host {
                 "resize"
             }
         };
-        if self.rng.one_in(3) {
+        // One whose last request failed, and cannot be read, is looked at after the restart.
+        if !self.volumes[number].is_broken() && self.rng.one_in(3) {
             self.volumes[number].check_running(process.world);
         }
         step
@@ -100,7 +101,7 @@ impl Host {
 impl HostVolume {
     /// Whether it answers no flush any more, and never will.
     fn is_poisoned(&mut self) -> bool {
-        let Some(volume) = &self.open else { return false };
+        let Some(volume) = self.open.as_ref().filter(|_| !self.is_broken()) else { return true };
         match volume.flush() {
             Ok(()) => {
                 self.oracle.flushed();
