@@ -100,6 +100,7 @@ impl Host {
         let must = self.volumes.iter().any(|volume| volume.disk.must_lose_power());
         let loses_power = must || self.rng.one_in(2);
         process.world.count(if loses_power { "ends: power lost" } else { "ends: killed" }, u64::from(killed));
+        process.world.tell(self.actor, format_args!("ends; killed {killed}, loses power {loses_power}"));
         for volume in &mut self.volumes {
             volume.crash(loses_power, &mut self.rng);
         }
@@ -130,6 +131,7 @@ impl Host {
             }
         };
         world.count(&format!("steps: {step}"), 1);
+        world.tell(self.actor, format_args!("{step}"));
         if self.rng.one_in(4) {
             self.read(world);
         }
@@ -190,7 +192,7 @@ impl Host {
     }
 
     pub(crate) fn make_volume(&mut self, process: &Process<'_>, base: Option<Digest>) {
-        if let Some(volume) = HostVolume::create(process, base, &mut self.rng) {
+        if let Some(volume) = HostVolume::create(process, self.actor, base, &mut self.rng) {
             volume.disk.arm(&mut self.rng);
             self.volumes.push(volume);
         }

@@ -16,6 +16,7 @@ use crate::world::{World, chain};
 const EMPTY_BLOCKS: u64 = 24;
 
 pub(crate) struct HostVolume {
+    pub(crate) host: usize,
     pub(crate) disk: Disk,
     pub(crate) oracle: DiskOracle,
     /// Contents that its record may name.
@@ -31,7 +32,7 @@ pub(crate) struct HostVolume {
 
 impl HostVolume {
     /// Makes a volume; `None` when that failed.
-    pub(crate) fn create(process: &Process<'_>, base: Option<Digest>, rng: &mut Rng) -> Option<Self> {
+    pub(crate) fn create(process: &Process<'_>, host: usize, base: Option<Digest>, rng: &mut Rng) -> Option<Self> {
         let disk = new_disk(&process.world.directory);
         let manifest = match base {
             Some(digest) => Some(process.store.manifest(&digest).ok()?),
@@ -44,6 +45,7 @@ impl HostVolume {
         content.resize(content.len() + rng.below(3) as usize * 4096, 0);
         Volume::create_in(&*disk.storage(), &VolumeId::random(), content.len() as u64, manifest.as_ref()).ok()?;
         Some(Self {
+            host,
             disk,
             oracle: DiskOracle::new(&content),
             bases: base.into_iter().collect(),
@@ -55,7 +57,14 @@ impl HostVolume {
     }
 
     pub(crate) fn is_broken(&self) -> bool {
-        self.broken || self.disk.is_dead()
+        self.broken || self.disk.is_dead() || self.disk.must_lose_power()
+    }
+
+    /// After a failed sync no later one may be believed, and so none acknowledged.
+    pub(crate) fn check_poisoned(&self, world: &World, volume: &Volume) {
+        if self.disk.must_lose_power() && volume.flush().is_ok() {
+            world.fail("a flush is acknowledged after a sync has failed");
+        }
     }
 
     /// The process that had it open is gone.
@@ -75,7 +84,9 @@ impl HostVolume {
             return true;
         }
         let files = open_for_store(self.disk.storage(), store);
-        let Ok(volume) = files.and_then(|files| Volume::open_in(files, store, cache)) else { return false };
+        let volume = files.and_then(|files| Volume::open_in(files, store, cache));
+        world.tell(self.host, format_args!("opens a volume: {:?}", volume.as_ref().map(drop)));
+        let Ok(volume) = volume else { return false };
         if self.crashed && !self.check_after_crash(world, &volume) {
             return false;
         }

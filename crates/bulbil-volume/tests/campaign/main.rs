@@ -3,7 +3,7 @@
 //!
 //! docs/design/campaign.md says what is modelled, and what is not. `BULBIL_CAMPAIGN_SCHEDULES` is the number of
 //! schedules; `BULBIL_CAMPAIGN_SEED` the seed of the first one; `BULBIL_CAMPAIGN_BACKING` (`memory`, `mount`, `s3`) has
-//! all of them in one kind of store.
+//! all of them in one kind of store; `BULBIL_CAMPAIGN_VERBOSE` tells each step.
 
 #![allow(
     clippy::unwrap_used,

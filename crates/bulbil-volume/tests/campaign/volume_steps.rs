@@ -36,7 +36,7 @@ impl Host {
                 "clone"
             }
             _ => {
-                self.grow(number);
+                self.grow(process, number);
                 "resize"
             }
         };
@@ -49,6 +49,7 @@ impl Host {
 
     fn requests(&mut self, world: &World, number: usize) {
         let volume = &mut self.volumes[number];
+        world.tell(self.actor, format_args!("requests to volume {number}"));
         for _ in 0..1 + self.rng.below(12) {
             self.next_tag += 1;
             volume.request(world, &mut self.rng, self.next_tag);
@@ -58,7 +59,7 @@ impl Host {
         }
     }
 
-    fn grow(&mut self, number: usize) {
+    fn grow(&mut self, process: &Process<'_>, number: usize) {
         let blocks = 1 + self.rng.below(6);
         let volume = &mut self.volumes[number];
         let Some(open) = &volume.open else { return };
@@ -67,7 +68,9 @@ impl Host {
             return;
         }
         volume.asked_size = Some(size_bytes);
-        match open.grow(size_bytes) {
+        let grown = open.grow(size_bytes);
+        process.world.tell(self.actor, format_args!("volume {number} to {size_bytes} bytes: {grown:?}"));
+        match grown {
             Ok(()) => {
                 volume.asked_size = None;
                 volume.oracle.grow(blocks);
@@ -89,6 +92,7 @@ impl Host {
             volume.snapshot_in_parts(process, &open, &mut self.rng, &mut self.next_tag)
         };
         volume.open = Some(open);
+        process.world.tell(self.actor, format_args!("snapshot of volume {number}: {taken:?}"));
         match taken {
             Some(digest) => drop(self.owed.insert(digest)),
             // A store that fails is no reason to give the volume up.
@@ -188,13 +192,19 @@ impl HostVolume {
             }
             _ => {
                 world.count("requests: flush", 1);
-                return match volume.flush() {
+                let flushed = volume.flush();
+                world.tell(self.host, format_args!("flush: {flushed:?}"));
+                return match flushed {
                     Ok(()) => self.oracle.flushed(),
-                    Err(error) => self.broken = error.kind() != BlockErrorKind::NoSpace,
+                    Err(error) => {
+                        self.check_poisoned(world, volume);
+                        self.broken = error.kind() != BlockErrorKind::NoSpace;
+                    }
                 };
             }
         };
         world.count(&format!("requests: {kind}"), 1);
+        world.tell(self.host, format_args!("{kind} {tag:x} at {first}+{sectors}, fua {fua}: {done:?}"));
         match done {
             // This volume makes everything durable with a FUA write.
             Ok(()) if fua => self.oracle.flushed(),
@@ -206,6 +216,7 @@ impl HostVolume {
     /// What a failed request has left is what its blocks hold from now on, if they can be read.
     fn after_failed_write(&mut self, world: &World, volume: &Volume, error: &BlockError, first: u64, end: u64) {
         world.count("requests: failed", 1);
+        self.check_poisoned(world, volume);
         let mut content = vec![0; (end - first) as usize * 4096];
         if error.kind() == BlockErrorKind::Poisoned || volume.read_at(&mut content, first * 4096).is_err() {
             self.broken = true;

@@ -25,6 +25,7 @@ pub(crate) struct World {
     pub(crate) rates: FaultRates,
     pub(crate) directory: PathBuf,
     encrypted: bool,
+    verbose: bool,
     stores: [Backing; 2],
     /// Every content that may be stored anywhere, by its digest.
     contents: Mutex<HashMap<Digest, Content>>,
@@ -92,6 +93,7 @@ impl World {
             rates,
             directory: directory.to_owned(),
             encrypted: rng.one_in(5),
+            verbose: std::env::var_os("BULBIL_CAMPAIGN_VERBOSE").is_some(),
             stores,
             contents: Mutex::default(),
             figures: Mutex::default(),
@@ -156,6 +158,13 @@ impl World {
 
     pub(crate) fn count(&self, name: &str, more: u64) {
         self.figures.lock().unwrap().count(name, more);
+    }
+
+    /// Tells what happens, where somebody wants to know.
+    pub(crate) fn tell(&self, actor: usize, text: std::fmt::Arguments<'_>) {
+        if self.verbose {
+            println!("host {actor}: {text}");
+        }
     }
 
     pub(crate) fn count_all(&self, group: &str, counts: std::collections::BTreeMap<&'static str, u64>) {
