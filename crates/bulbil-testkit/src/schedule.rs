@@ -85,6 +85,11 @@ impl Schedule {
         self.changed.notify_all();
     }
 
+    /// Says that an actor that had finished makes operations again.
+    pub fn begin(&self, actor: usize) {
+        self.state.lock().unwrap().waiting[actor].get_or_insert(0);
+    }
+
     /// Operations made so far.
     #[must_use]
     pub fn steps(&self) -> u64 {

@@ -161,9 +161,8 @@ fn reply_empty(reply: ReplyEmpty, outcome: Result<(), Errno>) {
 
 impl Filesystem for MountedDisk {
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = name_of(name).and_then(|name| {
-            self.with(Need::Nothing, |state| attributes(state, child(state, parent, name)?))
-        });
+        let found = name_of(name)
+            .and_then(|name| self.with(Need::Nothing, |state| attributes(state, child(state, parent, name)?)));
         reply_entry(reply, found);
     }
 
@@ -374,10 +373,13 @@ impl Filesystem for MountedDisk {
     }
 
     fn fsync(&self, _request: &Request, inode: INodeNo, handle: FileHandle, _data_only: bool, reply: ReplyEmpty) {
-        reply_empty(reply, self.with_handle(handle, Need::Nothing, |state| {
-            state.disk.sync(inode.0);
-            Ok(())
-        }));
+        reply_empty(
+            reply,
+            self.with_handle(handle, Need::Nothing, |state| {
+                state.disk.sync(inode.0);
+                Ok(())
+            }),
+        );
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -446,10 +448,13 @@ impl Filesystem for MountedDisk {
         if mode & FALLOC_FL_PUNCH_HOLE == 0 {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        reply_empty(reply, self.with_handle(handle, Need::Io, |state| {
-            state.disk.file(inode.0).ok_or(Errno::EISDIR)?.clear(offset, len_bytes);
-            Ok(())
-        }));
+        reply_empty(
+            reply,
+            self.with_handle(handle, Need::Io, |state| {
+                state.disk.file(inode.0).ok_or(Errno::EISDIR)?.clear(offset, len_bytes);
+                Ok(())
+            }),
+        );
     }
 
     fn lseek(

@@ -1,14 +1,17 @@
-//! Where the two stores of a schedule lie, and how the volumes' directories fail.
+//! Where the two stores of a schedule lie.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use bulbil_store::{Objects, StoreError};
+use bulbil_store::{DirObjects, Objects, RemoteOptions, StoreError, StoreLocation, open_objects};
 use bulbil_testkit::{
-    DirectoryFaults, FaultRates, FaultyObjects, LateObjects, LateRates, MemoryObjects, PowerLossDirectory, Rng,
-    Schedule,
+    Fault, FaultRates, FaultyObjects, HttpFaultProxy, HttpFaultRates, LateObjects, LateRates, MemoryObjects,
+    ProxyOptions, Rng, S3Server, Schedule,
 };
-use bulbil_volume::StorageDirectory;
+
+use crate::machine::Machine;
 
 /// The store of the hosts, and the one that contents are copied to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,20 +20,34 @@ pub(crate) enum Which {
     Second,
 }
 
-/// Machines that schedules use one after another, because they are slow to make.
+/// What schedules use one after another, because it is slow to start.
 #[derive(Default)]
-pub(crate) struct Machines {}
+pub(crate) struct Servers {
+    s3: OnceLock<S3Server>,
+}
+
+impl Servers {
+    fn s3(&self) -> &S3Server {
+        self.s3.get_or_init(S3Server::start)
+    }
+}
 
 /// A store of a schedule.
 pub(crate) enum Backing {
     /// Objects in memory behind a network that is late.
     Memory { late: Arc<LateObjects>, plain: MemoryObjects },
+    /// A directory of a machine that loses power.
+    Mount { machine: Arc<Machine>, name: &'static str },
+    /// A bucket behind a proxy that does what networks do wrong.
+    S3 { proxy: HttpFaultProxy, behind_proxy: StoreLocation, plain: Arc<dyn Objects>, files: PathBuf },
 }
 
 impl Backing {
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Memory { .. } => "memory",
+            Self::Mount { .. } => "directory that loses power",
+            Self::S3 { .. } => "s3",
         }
     }
 
@@ -42,6 +59,15 @@ impl Backing {
         Self::Memory { late, plain }
     }
 
+    pub(crate) fn s3(servers: &Servers, prefix: &str, rng: &mut Rng) -> Self {
+        let server = servers.s3();
+        let faults = HttpFaultRates::all(rng.next_u64(), 20).and(Fault::Silent, 4).and(Fault::Corrupt(0), 10);
+        let proxy = HttpFaultProxy::start(server.address(), ProxyOptions { faults, ..ProxyOptions::default() });
+        let behind_proxy = S3Server::location_at(&proxy.endpoint(), prefix);
+        let plain = open_objects(&server.location(prefix), &S3Server::options()).unwrap();
+        Self::S3 { proxy, behind_proxy, plain, files: server.objects().join(prefix) }
+    }
+
     /// The objects as a process of a host sees them until it is killed.
     pub(crate) fn for_process(
         &self,
@@ -51,19 +77,33 @@ impl Backing {
         rates: FaultRates,
         kill_at: Option<u64>,
     ) -> Result<Arc<FaultyObjects>, StoreError> {
-        let seed = rng.next_u64();
-        match self {
-            Self::Memory { late, .. } => {
-                let turns = schedule.objects(actor, Arc::clone(late) as Arc<dyn Objects>);
-                Ok(Arc::new(FaultyObjects::new(Arc::new(turns), seed, rates, kill_at)))
+        let (objects, rates): (Arc<dyn Objects>, _) = match self {
+            Self::Memory { late, .. } => (Arc::clone(late) as _, rates),
+            Self::Mount { machine, name } => {
+                // Its own faults, and what a disk gives back wrongly.
+                let rates = FaultRates { fail_before: 0, fail_after: 0, no_space: 0, ..rates };
+                (Arc::new(DirObjects::open(&machine.path(actor).join(name))?), rates)
             }
-        }
+            Self::S3 { behind_proxy, .. } => {
+                // Few attempts, so that operations fail at times.
+                let options = RemoteOptions {
+                    attempt_timeout: Duration::from_millis(300),
+                    deadline: Duration::from_millis(600),
+                    ..S3Server::options()
+                };
+                (open_objects(behind_proxy, &options)?, FaultRates::default())
+            }
+        };
+        let turns = schedule.objects(actor, objects);
+        Ok(Arc::new(FaultyObjects::new(Arc::new(turns), rng.next_u64(), rates, kill_at)))
     }
 
     /// The objects as a process sees them that meets no faults.
     pub(crate) fn without_faults(&self) -> Arc<dyn Objects> {
         match self {
             Self::Memory { plain, .. } => Arc::new(plain.clone()),
+            Self::Mount { machine, name } => Arc::new(DirObjects::open(&machine.observer().join(name)).unwrap()),
+            Self::S3 { plain, .. } => Arc::clone(plain),
         }
     }
 
@@ -71,85 +111,37 @@ impl Backing {
     pub(crate) fn settle(&self) {
         match self {
             Self::Memory { late, .. } => late.settle(),
+            Self::Mount { machine, .. } => machine.settle(),
+            Self::S3 { proxy, .. } => proxy.set(ProxyOptions::default()),
         }
     }
 
     /// Flips a bit of one byte of an object.
     pub(crate) fn rot(&self, name: &str, rng: &mut Rng) {
+        let flip_in = |path: &Path, rng: &mut Rng| {
+            let mut bytes = std::fs::read(path).unwrap();
+            let position = rng.below(bytes.len() as u64) as usize;
+            bytes[position] ^= 1 << rng.below(8);
+            std::fs::write(path, bytes).unwrap();
+        };
         match self {
             Self::Memory { plain, .. } => {
                 let position = rng.below(plain.len_bytes(name) as u64) as usize;
                 plain.flip(name, position, 1 << rng.below(8));
             }
+            Self::Mount { machine, name: store } => flip_in(&machine.observer().join(store).join(name), rng),
+            Self::S3 { files, .. } => flip_in(&files.join(name), rng),
         }
     }
 
-    pub(crate) fn faults(&self) -> std::collections::BTreeMap<&'static str, u64> {
+    pub(crate) fn faults(&self) -> BTreeMap<&'static str, u64> {
         match self {
             Self::Memory { late, .. } => late.faults(),
+            // Of the machine, which both stores share.
+            Self::Mount { .. } => BTreeMap::new(),
+            Self::S3 { proxy, .. } => {
+                [("s3: 500, 503, silent, cut, duplicated, slow, corrupted", proxy.faults())].into()
+            }
         }
     }
-}
-
-/// The directory of a volume.
-#[derive(Debug, Clone)]
-pub(crate) enum Disk {
-    Memory(PowerLossDirectory),
-}
-
-impl Disk {
-    pub(crate) fn storage(&self) -> Arc<dyn StorageDirectory> {
-        match self {
-            Self::Memory(directory) => Arc::new(directory.clone()),
-        }
-    }
-
-    /// Makes the directory fail from an operation on, or by chance.
-    pub(crate) fn arm(&self, rng: &mut Rng) {
-        let Self::Memory(directory) = self;
-        if rng.one_in(4) {
-            directory.set_fuse(rng.below(150));
-        }
-        if rng.one_in(3) {
-            let mut often = |n| if rng.one_in(2) { 0 } else { n };
-            let faults = DirectoryFaults {
-                no_space: often(12),
-                failed_write: often(40),
-                failed_read: often(100),
-                failed_sync: often(12),
-            };
-            directory.set_faults(faults, rng.next_u64());
-        }
-    }
-
-    /// Whether the process cannot go on with it.
-    pub(crate) fn is_dead(&self) -> bool {
-        let Self::Memory(directory) = self;
-        directory.is_dead()
-    }
-
-    /// Whether nobody knows what a restarted process would find.
-    pub(crate) fn must_lose_power(&self) -> bool {
-        let Self::Memory(directory) = self;
-        directory.sync_has_failed()
-    }
-
-    pub(crate) fn crash(&self, loses_power: bool, rng: &mut Rng) {
-        let Self::Memory(directory) = self;
-        directory.clear_faults();
-        if loses_power {
-            directory.lose_power(rng);
-        } else {
-            directory.kill_process();
-        }
-    }
-
-    pub(crate) fn faults(&self) -> std::collections::BTreeMap<&'static str, u64> {
-        let Self::Memory(directory) = self;
-        directory.faults()
-    }
-}
-
-pub(crate) fn new_disk(_scratch: &Path) -> Disk {
-    Disk::Memory(PowerLossDirectory::default())
 }

@@ -38,8 +38,10 @@ pub(crate) struct Process<'w> {
 }
 
 impl Process<'_> {
-    fn is_killed(&self) -> bool {
-        self.objects.is_killed() || self.second.as_ref().is_some_and(|(_, objects)| objects.is_killed())
+    fn is_killed(&self, actor: usize) -> bool {
+        self.world.is_dead(actor)
+            || self.objects.is_killed()
+            || self.second.as_ref().is_some_and(|(_, objects)| objects.is_killed())
     }
 
     /// What is left of a process that is gone does nothing more.
@@ -68,11 +70,13 @@ impl Host {
 
     /// From the start of a process to its end, in order or not.
     fn life(&mut self, world: &World) {
+        self.restart(world);
         let kill_at = self.rng.one_in(3).then(|| 1 + self.rng.below(120));
         let objects =
             world.backing(Which::First).for_process(&world.schedule, self.actor, &mut self.rng, world.rates, kill_at);
         let Ok(objects) = objects else { return };
-        let store = world.open(Which::First, Arc::clone(&objects) as _, self.owner, &self.directory);
+        let state = self.state_directory(world);
+        let store = world.open(Which::First, Arc::clone(&objects) as _, self.owner, &state);
         let Ok(store) = store else {
             objects.kill();
             // The next process has more luck.
@@ -87,7 +91,7 @@ impl Host {
         }
         for _ in 0..4 + self.rng.below(12) {
             self.step(&mut process);
-            if process.is_killed() || self.volumes.iter().any(HostVolume::is_broken) {
+            if process.is_killed(self.actor) || self.volumes.iter().any(HostVolume::is_broken) {
                 break;
             }
         }
@@ -96,18 +100,37 @@ impl Host {
     }
 
     fn crash(&mut self, process: &Process<'_>) {
-        let killed = process.is_killed();
+        let killed = process.is_killed(self.actor);
         let must = self.volumes.iter().any(|volume| volume.disk.must_lose_power());
-        let loses_power = must || self.rng.one_in(2);
+        let loses_power = must || (process.world.machine.is_none() && self.rng.one_in(2));
         process.world.count(if loses_power { "ends: power lost" } else { "ends: killed" }, u64::from(killed));
         process.world.tell(self.actor, format_args!("ends; killed {killed}, loses power {loses_power}"));
         for volume in &mut self.volumes {
             volume.crash(loses_power, &mut self.rng);
         }
         if loses_power {
-            // Another boot of the host: its cache is not believed.
-            drop(std::fs::remove_dir_all(self.directory.join("cache")));
+            self.forget_cache();
         }
+    }
+
+    /// A machine that has lost power starts again, or just a process.
+    fn restart(&self, world: &World) {
+        if world.restart(self.actor) {
+            world.tell(self.actor, format_args!("starts again after a loss of power"));
+            self.forget_cache();
+        }
+        if let Some(machine) = &world.machine {
+            machine.arm(self.actor, &mut self.rng.clone());
+        }
+    }
+
+    /// Another boot of the host: its cache is not believed.
+    fn forget_cache(&self) {
+        drop(std::fs::remove_dir_all(self.directory.join("cache")));
+    }
+
+    fn state_directory(&self, world: &World) -> PathBuf {
+        world.machine.as_ref().map_or_else(|| self.directory.clone(), |machine| machine.host_directory(self.actor))
     }
 
     fn step(&mut self, process: &mut Process<'_>) {
@@ -184,6 +207,7 @@ impl Host {
         if self.volumes.len() >= 3 {
             let gone = self.volumes.swap_remove(self.rng.below(3) as usize);
             gone.end(process.world);
+            gone.disk.remove();
             return "remove volume";
         }
         let base = if self.rng.one_in(6) { None } else { self.any_owed() };
@@ -227,7 +251,8 @@ impl Host {
         let Ok(objects) = backing.for_process(&world.schedule, self.actor, &mut self.rng, world.rates, kill_at) else {
             return;
         };
-        let store = world.open(Which::Second, Arc::clone(&objects) as _, self.owner, &self.directory);
+        let state = self.state_directory(world);
+        let store = world.open(Which::Second, Arc::clone(&objects) as _, self.owner, &state);
         process.second = store.ok().map(|store| (store, objects));
     }
 

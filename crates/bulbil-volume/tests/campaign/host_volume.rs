@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 
 use bulbil_store::{Digest, Store};
 use bulbil_testkit::{DiskOracle, Rng};
-use bulbil_types::VolumeId;
 use bulbil_volume::{BlockDevice as _, Volume, VolumeRecord, open_for_store};
 use std::sync::Arc;
 
-use crate::backing::{Disk, new_disk};
+use crate::disk::Disk;
 use crate::host::Process;
 use crate::world::{World, chain};
 
@@ -33,7 +32,6 @@ pub(crate) struct HostVolume {
 impl HostVolume {
     /// Makes a volume; `None` when that failed.
     pub(crate) fn create(process: &Process<'_>, host: usize, base: Option<Digest>, rng: &mut Rng) -> Option<Self> {
-        let disk = new_disk(&process.world.directory);
         let manifest = match base {
             Some(digest) => Some(process.store.manifest(&digest).ok()?),
             None => None,
@@ -43,7 +41,8 @@ impl HostVolume {
             None => vec![0; EMPTY_BLOCKS as usize * 4096],
         };
         content.resize(content.len() + rng.below(3) as usize * 4096, 0);
-        Volume::create_in(&*disk.storage(), &VolumeId::random(), content.len() as u64, manifest.as_ref()).ok()?;
+        let machine = process.world.machine.as_ref();
+        let disk = Disk::create(machine, host, content.len() as u64, manifest.as_ref()).ok()?;
         Some(Self {
             host,
             disk,
@@ -83,7 +82,7 @@ impl HostVolume {
         if self.open.is_some() {
             return true;
         }
-        let files = open_for_store(self.disk.storage(), store);
+        let files = open_for_store(self.disk.storage(false), store);
         let volume = files.and_then(|files| Volume::open_in(files, store, cache));
         world.tell(self.host, format_args!("opens a volume: {:?}", volume.as_ref().map(drop)));
         let Ok(volume) = volume else { return false };
@@ -96,7 +95,7 @@ impl HostVolume {
 
     /// As [`open`](Self::open), where nothing may fail.
     pub(crate) fn open_now(&mut self, world: &World, store: &Arc<Store>, cache: &Arc<bulbil_volume::BaseCache>) {
-        let files = open_for_store(self.disk.storage(), store);
+        let files = open_for_store(self.disk.storage(true), store);
         let volume = files.and_then(|files| Volume::open_in(files, store, cache));
         let volume = volume.unwrap_or_else(|e| world.fail(&format!("a volume does not open: {}", chain(&e))));
         if !self.check_after_crash(world, &volume) {
@@ -122,7 +121,7 @@ impl HostVolume {
         }
         self.oracle.check_after_crash(&content).unwrap_or_else(|e| world.fail(&format!("after a crash: {e}")));
         world.count("bytes checked: volumes after crashes", content.len() as u64);
-        let record = self.disk.storage().read("volume.json").unwrap_or(None);
+        let record = self.disk.storage(true).read("volume.json").unwrap_or(None);
         if let Some(record) = record.and_then(|bytes| serde_json::from_slice::<VolumeRecord>(&bytes).ok()) {
             if let Some(base) = record.base.filter(|base| !self.bases.contains(base)) {
                 world.fail(&format!("a volume lies above {base}, which it was never put above"));

@@ -13,9 +13,11 @@
 )]
 
 mod backing;
+mod disk;
 mod figures;
 mod host;
 mod host_volume;
+mod machine;
 mod rest;
 mod volume_steps;
 mod world;
@@ -25,21 +27,21 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use self::backing::Machines;
+use self::backing::Servers;
 use self::figures::Figures;
 use self::host::Host;
 use self::world::World;
 
 /// One schedule: hosts do what the seed says, then everything is checked.
-fn run_schedule(seed: u64, directory: &Path, machines: &Machines) -> Figures {
-    let world = World::new(seed, directory, machines);
+fn run_schedule(seed: u64, directory: &Path, servers: &Servers) -> Figures {
+    let world = World::new(seed, directory, servers);
     let hosts: Vec<_> = (0..world.actors).map(|actor| Host::new(&world, actor)).collect();
     let hosts: Vec<_> = std::thread::scope(|scope| {
         let run = |mut host: Host| {
             let world = &world;
             move || {
                 let outcome = catch_unwind(AssertUnwindSafe(|| host.run(world)));
-                world.schedule.finish(host.actor);
+                world.host_is_done(host.actor);
                 outcome.map(|()| host).unwrap_or_else(|panic| resume_unwind(panic))
             }
         };
@@ -62,7 +64,7 @@ fn nothing_acknowledged_is_lost_and_no_wrong_byte_served_whatever_crashes_and_fa
     let shared_memory = Path::new("/dev/shm");
     let next = AtomicU64::new(first);
     let total = Mutex::new(Figures::default());
-    let machines = Machines::default();
+    let servers = Servers::default();
     let worker = || {
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -75,7 +77,7 @@ fn nothing_acknowledged_is_lost_and_no_wrong_byte_served_whatever_crashes_and_fa
                 false => tempfile::tempdir(),
             };
             let directory = directory.unwrap();
-            let done = catch_unwind(AssertUnwindSafe(|| run_schedule(seed, directory.path(), &machines)));
+            let done = catch_unwind(AssertUnwindSafe(|| run_schedule(seed, directory.path(), &servers)));
             // The others need not go on.
             let done = done.unwrap_or_else(|panic| {
                 next.store(u64::MAX / 2, Ordering::Relaxed);

@@ -8,8 +8,9 @@ use bulbil_store::{Digest, DigestBuilder, Objects, OwnerId, Store, StoreError, S
 use bulbil_testkit::{FaultRates, ManualClock, Rng, Schedule, StoredContent, tagged};
 use bulbil_types::{BLOCK_LEN, FRAME_LEN};
 
-use crate::backing::{Backing, Machines, Which};
+use crate::backing::{Backing, Servers, Which};
 use crate::figures::Figures;
+use crate::machine::Machine;
 
 pub(crate) type Content = Arc<Vec<u8>>;
 
@@ -26,6 +27,8 @@ pub(crate) struct World {
     pub(crate) directory: PathBuf,
     encrypted: bool,
     verbose: bool,
+    /// The machine on which all hosts are processes, in schedules with one.
+    pub(crate) machine: Option<Arc<Machine>>,
     stores: [Backing; 2],
     /// Every content that may be stored anywhere, by its digest.
     contents: Mutex<HashMap<Digest, Content>>,
@@ -71,8 +74,33 @@ fn make_disks(rng: &mut Rng) -> Vec<Content> {
     (0..DISKS).map(|_| disk(rng)).collect()
 }
 
+/// The two stores of a schedule, and the machine on which they lie if they do.
+fn make_stores(
+    seed: u64,
+    directory: &Path,
+    actors: usize,
+    servers: &Servers,
+    rng: &mut Rng,
+) -> ([Backing; 2], Option<Arc<Machine>>) {
+    let drawn = match seed % 40 {
+        7 => "s3",
+        2 | 12 | 22 | 32 => "mount",
+        _ => "memory",
+    };
+    match std::env::var("BULBIL_CAMPAIGN_BACKING").as_deref().unwrap_or(drawn) {
+        "memory" => ([Backing::memory(rng), Backing::memory(rng)], None),
+        "mount" => {
+            let machine = Arc::new(Machine::new(directory, actors, rng));
+            let on = |name| Backing::Mount { machine: Arc::clone(&machine), name };
+            ([on("first"), on("second")], Some(machine))
+        }
+        "s3" => (["first", "second"].map(|name| Backing::s3(servers, &format!("{seed}-{name}"), rng)), None),
+        other => panic!("BULBIL_CAMPAIGN_BACKING is memory, mount or s3, not `{other}`"),
+    }
+}
+
 impl World {
-    pub(crate) fn new(seed: u64, directory: &Path, _machines: &Machines) -> Self {
+    pub(crate) fn new(seed: u64, directory: &Path, servers: &Servers) -> Self {
         let mut rng = Rng::new(seed);
         let actors = 2 + rng.below(3) as usize;
         let mut often = |n| if rng.one_in(2) { 0 } else { n };
@@ -83,7 +111,7 @@ impl World {
             corrupt_read: often(60),
             truncated_read: often(100),
         };
-        let stores = [Backing::memory(&mut rng), Backing::memory(&mut rng)];
+        let (stores, machine) = make_stores(seed, directory, actors, servers, &mut rng);
         let disks = make_disks(&mut rng);
         let world = Self {
             seed,
@@ -94,6 +122,7 @@ impl World {
             directory: directory.to_owned(),
             encrypted: rng.one_in(5),
             verbose: std::env::var_os("BULBIL_CAMPAIGN_VERBOSE").is_some(),
+            machine,
             stores,
             contents: Mutex::default(),
             figures: Mutex::default(),
@@ -156,6 +185,23 @@ impl World {
         }
     }
 
+    /// Whether the process of a host was killed, or its machine has lost power.
+    pub(crate) fn is_dead(&self, actor: usize) -> bool {
+        self.machine.as_ref().is_some_and(|machine| machine.is_dead(actor))
+    }
+
+    /// Another process of a host begins; whether its machine had lost power.
+    pub(crate) fn restart(&self, actor: usize) -> bool {
+        self.machine.as_ref().is_some_and(|machine| machine.restart(actor, &self.schedule))
+    }
+
+    pub(crate) fn host_is_done(&self, actor: usize) {
+        self.schedule.finish(actor);
+        if let Some(machine) = &self.machine {
+            machine.finish();
+        }
+    }
+
     pub(crate) fn count(&self, name: &str, more: u64) {
         self.figures.lock().unwrap().count(name, more);
     }
@@ -182,6 +228,9 @@ impl World {
 
     pub(crate) fn finish(self) -> Figures {
         self.stores.iter().for_each(|store| self.count_all("faults", store.faults()));
+        if let Some(machine) = &self.machine {
+            self.count_all("faults", machine.faults());
+        }
         self.count("operations on objects", self.schedule.steps());
         self.figures.into_inner().unwrap()
     }
