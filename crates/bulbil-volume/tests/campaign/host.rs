@@ -165,7 +165,9 @@ impl Host {
         let disk: &Content = &world.disks[self.rng.below(world.disks.len() as u64) as usize];
         let digest = world.register(disk);
         let source = MemoryDisk(disk.to_vec());
-        if let Ok(report) = process.store.import(&source, &source) {
+        let imported = process.store.import(&source, &source);
+        world.tell(self.actor, format_args!("import of {digest}: {imported:?}"));
+        if let Ok(report) = imported {
             assert_eq!(report.digest, digest, "seed {}", world.seed);
             self.owed.insert(digest);
         }
@@ -186,21 +188,24 @@ impl Host {
     fn remove(&mut self, process: &Process<'_>) -> &'static str {
         let Some(digest) = self.any_owed() else { return "nothing to remove" };
         self.owed.remove(&digest);
-        if !self.named().contains(&digest) {
-            drop(process.store.remove_manifest(&digest));
-        }
+        self.give_up(process, &digest);
         "remove"
     }
 
     /// Gives up what nothing on this host names.
     fn tidy(&mut self, process: &Process<'_>) -> &'static str {
-        let named = self.named();
         for digest in process.store.digests().unwrap_or_default() {
-            if !named.contains(&digest) {
-                drop(process.store.remove_manifest(&digest));
-            }
+            self.give_up(process, &digest);
         }
         "tidy"
+    }
+
+    /// Gives a content up, unless something on this host names it.
+    fn give_up(&self, process: &Process<'_>, digest: &Digest) {
+        if !self.named().contains(digest) {
+            let removed = process.store.remove_manifest(digest);
+            process.world.tell(self.actor, format_args!("removal of {digest}: {removed:?}"));
+        }
     }
 
     fn launch(&mut self, process: &Process<'_>) -> &'static str {
