@@ -103,6 +103,8 @@ impl Store {
             match self.stored_manifest(published)? {
                 Stored::Manifest(found) if !always && self.has_packs_of(&found)? => {
                     if !self.objects.is_remote() {
+                        // Whoever put it may have been killed before that was durable.
+                        self.objects.make_durable(&[published.object_name()])?;
                         return Ok(false);
                     }
                     existed = true;

@@ -253,6 +253,10 @@ impl Objects for FaultyObjects {
         self.run(false, name, |inner| inner.delete(name))
     }
 
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        self.run(false, "several objects", |inner| inner.make_durable(names))
+    }
+
     fn is_remote(&self) -> bool {
         self.inner.is_remote()
     }

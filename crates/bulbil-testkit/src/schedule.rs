@@ -184,6 +184,10 @@ impl Objects for ScheduledObjects {
         self.inner().delete(name)
     }
 
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        self.inner().make_durable(names)
+    }
+
     fn is_remote(&self) -> bool {
         self.inner.is_remote()
     }

@@ -1,6 +1,6 @@
 //! Objects as files below one directory.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
@@ -199,6 +199,15 @@ impl Objects for DirObjects {
             }
             _ => Ok(()),
         }
+    }
+
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
+        let directories: BTreeSet<_> = paths.iter().filter_map(|path| path.parent()).collect();
+        let sync = |directory: &Path| make_directory(directory).and_then(|()| sync_directory(directory));
+        directories.into_iter().try_for_each(|directory| {
+            sync(directory).map_err(|e| StoreError::io(format!("cannot sync `{}`", directory.display()), e))
+        })
     }
 }
 
