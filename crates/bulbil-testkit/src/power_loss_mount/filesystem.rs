@@ -469,10 +469,10 @@ impl Filesystem for MountedDisk {
         // SEEK_DATA and SEEK_HOLE; all others the kernel answers itself.
         let found = self.with_handle(handle, Need::Nothing, |state| {
             let file = state.disk.file(inode.0).ok_or(Errno::EISDIR)?;
-            file.seek(offset as u64, whence == 3).ok_or(Errno::ENXIO)
+            file.seek(offset.cast_unsigned(), whence == 3).ok_or(Errno::ENXIO)
         });
         match found {
-            Ok(found) => reply.offset(found as i64),
+            Ok(found) => reply.offset(found.cast_signed()),
             Err(errno) => reply.error(errno),
         }
     }

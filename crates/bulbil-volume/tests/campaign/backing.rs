@@ -1,6 +1,8 @@
 //! Where the two stores of a schedule lie.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -39,7 +41,7 @@ pub(crate) enum Backing {
     /// A directory of a machine that loses power.
     Mount { machine: Arc<Machine>, name: &'static str },
     /// A bucket behind a proxy that does what networks do wrong.
-    S3 { proxy: HttpFaultProxy, behind_proxy: StoreLocation, plain: Arc<dyn Objects>, files: PathBuf },
+    S3 { proxy: HttpFaultProxy, behind_proxy: Box<StoreLocation>, plain: Arc<dyn Objects>, files: PathBuf },
 }
 
 impl Backing {
@@ -63,7 +65,7 @@ impl Backing {
         let server = servers.s3();
         let faults = HttpFaultRates::all(rng.next_u64(), 20).and(Fault::Silent, 4).and(Fault::Corrupt(0), 10);
         let proxy = HttpFaultProxy::start(server.address(), ProxyOptions { faults, ..ProxyOptions::default() });
-        let behind_proxy = S3Server::location_at(&proxy.endpoint(), prefix);
+        let behind_proxy = Box::new(S3Server::location_at(&proxy.endpoint(), prefix));
         let plain = open_objects(&server.location(prefix), &S3Server::options()).unwrap();
         Self::S3 { proxy, behind_proxy, plain, files: server.objects().join(prefix) }
     }
@@ -119,10 +121,10 @@ impl Backing {
     /// Flips a bit of one byte of an object.
     pub(crate) fn rot(&self, name: &str, rng: &mut Rng) {
         let flip_in = |path: &Path, rng: &mut Rng| {
-            let mut bytes = std::fs::read(path).unwrap();
-            let position = rng.below(bytes.len() as u64) as usize;
-            bytes[position] ^= 1 << rng.below(8);
-            std::fs::write(path, bytes).unwrap();
+            let bytes = std::fs::read(path).unwrap();
+            let position = rng.below(bytes.len() as u64);
+            let changed = bytes[position as usize] ^ 1 << rng.below(8);
+            File::options().write(true).open(path).unwrap().write_all_at(&[changed], position).unwrap();
         };
         match self {
             Self::Memory { plain, .. } => {
