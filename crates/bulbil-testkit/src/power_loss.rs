@@ -74,7 +74,7 @@ impl State {
     }
 
     fn no_space(&mut self) -> io::Result<()> {
-        let full = self.full || self.hits("files: no space", |faults| faults.no_space);
+        let full = self.hits("files: no space", |faults| faults.no_space);
         if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 }
@@ -316,7 +316,7 @@ impl StorageDirectory for PowerLossDirectory {
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let path = self.path(name);
         // The temporary file; its new name; the sync of the directory.
-        self.now(State::no_space)??;
+        self.now(|state| if state.full { Err(io::ErrorKind::StorageFull.into()) } else { state.no_space() })??;
         self.now(|state| state.replaced.entry(path.clone()).or_default().1.push(bytes.to_vec()))?;
         self.now(|state| {
             let (durable, newer) = state.replaced.get_mut(&path).unwrap();
