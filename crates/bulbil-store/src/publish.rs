@@ -10,6 +10,9 @@ use crate::pack::PackId;
 use crate::published::{OwnerId, Published};
 use crate::store::Store;
 
+/// An edition follows the one before it by a random step of at most so many: numbers last for a million.
+const EDITION_STEPS: u32 = 4096;
+
 /// What lies under the name of a manifest.
 #[derive(Debug)]
 pub(crate) enum Stored {
@@ -75,8 +78,11 @@ impl Store {
         }
     }
 
-    /// Puts a manifest of this owner; `false` when it has one for this content that can be relied on, unless
+    /// Puts a manifest of this owner; `false` when it had one for this content that could be relied on, unless
     /// `always` asks for a new edition.
+    ///
+    /// Behind a network a new edition is put in any case: a removal that was given up may still be carried out, and then
+    /// takes the one that is there.
     ///
     /// When it fails, the manifest may be there nevertheless; the lease sees to it that its packs are
     /// protected as long as that is not known.
@@ -92,9 +98,17 @@ impl Store {
         let digest = manifest.digest();
         let mut stored = self.published(&digest)?;
         stored.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
+        let mut existed = false;
         for published in &stored {
             match self.stored_manifest(published)? {
-                Stored::Manifest(found) if !always && self.has_packs_of(&found)? => return Ok(false),
+                Stored::Manifest(found) if !always && self.has_packs_of(&found)? => {
+                    if !self.objects.is_remote() {
+                        // Whoever put it may have been killed before that was durable.
+                        self.objects.make_durable(&[published.object_name()])?;
+                        return Ok(false);
+                    }
+                    existed = true;
+                }
                 Stored::Manifest(_) if always => {}
                 Stored::Void | Stored::Gone => {}
                 // A newer edition takes its place; collections delete what it supersedes.
@@ -113,7 +127,7 @@ impl Store {
                 _ => Err(StoreError::new(StoreErrorKind::Timeout, "another process publishes this content; try again")),
             };
         }
-        Ok(true)
+        Ok(!existed)
     }
 
     /// Puts a manifest under an announced name; `false` when something else is there.
@@ -167,13 +181,13 @@ impl Store {
     }
 }
 
-/// The edition of a new manifest of an owner who has these. A first one is random: a request that was
-/// long under way must not meet a name that is used again.
+/// The edition of a new manifest of an owner who has these: above all of them, and random. A request that was long
+/// under way, the deletion of an edition that was removed since, must not meet a name that is used again.
 pub(crate) fn next_edition(stored: &[Published]) -> Result<u32, StoreError> {
     let newest = stored.iter().filter(|p| p.owner.is_some()).map(|p| p.edition).max();
     let too_many = || StoreError::corrupt("the manifests of a content have no number left");
     match newest {
-        Some(edition) => edition.checked_add(1).ok_or_else(too_many),
+        Some(edition) => edition.checked_add(1 + first_edition()? % EDITION_STEPS).ok_or_else(too_many),
         None => first_edition(),
     }
 }

@@ -284,6 +284,9 @@ impl Store {
         let missing = |id: &PackId| !numbered.contains_key(id) && !unusable.contains(id);
         let missing: Vec<_> = stored.iter().filter(|(id, _)| missing(id)).collect();
         if !missing.is_empty() {
+            // What the index lists is referred to, and may have been put by a process that was killed in it.
+            let names: Vec<_> = missing.iter().map(|(id, _)| id.object_name()).collect();
+            self.objects.make_durable(&names)?;
             index.begin_changes()?;
         }
         for (id, len_bytes) in missing {

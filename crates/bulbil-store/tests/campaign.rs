@@ -16,11 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bulbil_store::{
-    Digest, GcOptions, Objects, OwnerId, ScrubOptions, Store, StoreError, StoreErrorKind, StoreOptions,
-};
-use bulbil_testkit::{FaultRates, FaultyObjects, ManualClock, MemoryDisk, MemoryObjects, Rng, Schedule};
-use bulbil_types::{BLOCK_BYTES, BLOCK_LEN};
+use bulbil_store::{Digest, GcOptions, Objects, OwnerId, ScrubOptions, Store, StoreError, StoreOptions};
+use bulbil_testkit::{FaultRates, FaultyObjects, ManualClock, MemoryDisk, MemoryObjects, Rng, Schedule, StoredContent};
+use bulbil_types::BLOCK_LEN;
 
 const DISKS: usize = 10;
 
@@ -46,36 +44,6 @@ fn disks(rng: &mut Rng) -> Vec<MemoryDisk> {
     let mut disks: Vec<_> = (0..DISKS).map(|_| disk(rng)).collect();
     disks.iter_mut().zip(1..).for_each(|(disk, n)| disk.0.resize(disk.0.len().next_multiple_of(1 << 20) + n * 512, 0));
     disks
-}
-
-/// Reads a disk through its manifest; one that was replaced meanwhile is read again.
-fn read_disk(store: &Store, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-    for _ in 0..20 {
-        match try_read_disk(store, digest) {
-            Err(error) if error.kind() == StoreErrorKind::NotFound && store.manifest(digest).is_ok() => {}
-            other => return other,
-        }
-    }
-    try_read_disk(store, digest)
-}
-
-fn try_read_disk(store: &Store, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-    let manifest = store.manifest(digest)?;
-    let mut bytes = vec![0; manifest.size_bytes().next_multiple_of(BLOCK_BYTES) as usize];
-    let mut last = None;
-    for extent in manifest.extents() {
-        for index in 0..extent.blocks {
-            let at = extent.block_in_pack + index;
-            if last.as_ref().is_none_or(|(place, _)| *place != (extent.pack, at / 32)) {
-                let frame = store.read_frame(&manifest.packs()[extent.pack as usize], at / 32)?;
-                last = Some(((extent.pack, at / 32), frame));
-            }
-            let block = &last.as_ref().unwrap().1[(at % 32) as usize * BLOCK_LEN..][..BLOCK_LEN];
-            bytes[(extent.first_block + u64::from(index)) as usize * BLOCK_LEN..][..BLOCK_LEN].copy_from_slice(block);
-        }
-    }
-    bytes.truncate(manifest.size_bytes() as usize);
-    Ok(bytes)
 }
 
 /// What the store owes to whom.
@@ -106,7 +74,7 @@ impl World {
     }
 
     fn check_read(&self, store: &Store, disk: usize, what: &str) {
-        let bytes = read_disk(store, &self.digests[disk]);
+        let bytes = StoredContent::read(store, &self.digests[disk]);
         let bytes = bytes.unwrap_or_else(|e| panic!("seed {}: {what}: disk {disk} is lost: {}", self.seed, chain(&e)));
         assert!(bytes == self.disks[disk].0, "seed {}: {what}: disk {disk} has wrong bytes", self.seed);
     }
@@ -227,7 +195,7 @@ impl Host<'_> {
         let before = self.world.oracle.lock().unwrap().removals.get(&key).copied();
         let objects = self.world.schedule.objects(self.actor, Arc::new(self.world.objects.clone()));
         let store = self.world.open(Arc::new(objects), self.owner, self.directory).unwrap();
-        let read = read_disk(&store, &self.world.digests[disk]);
+        let read = StoredContent::read(&store, &self.world.digests[disk]);
         if self.world.oracle.lock().unwrap().removals.get(&key).copied() != before {
             return;
         }

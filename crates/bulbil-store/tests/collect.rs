@@ -412,3 +412,29 @@ fn statistics_tell_what_each_content_alone_costs() {
     assert!(near(after.dead_bytes, blocks(128)), "{after:?}");
     assert!(after.reduction() > 0.5 && after.deduplication() == 1.0);
 }
+
+#[test]
+fn a_removal_that_is_carried_out_late_takes_nothing_that_was_imported_since() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let disk = disk(77);
+    let digest = import(&store, &disk);
+    let names =
+        || fixture.objects.names().into_iter().filter(|name| name.starts_with("manifests/")).collect::<Vec<_>>();
+    // The removal gets no answer, and its request stays under way.
+    let under_way = names();
+    assert!(store.import(&disk, &disk).unwrap().existed);
+    fixture.objects.delete(&under_way[0]).unwrap();
+    check_visible(&store);
+    assert!(store.digests().unwrap() == [digest]);
+    // One that was answered, and carried out twice, meets no name that is used again.
+    let used: std::collections::BTreeSet<_> = (0..20)
+        .flat_map(|_| {
+            let used = names();
+            store.remove_manifest(&digest).unwrap();
+            import(&store, &disk);
+            used
+        })
+        .collect();
+    assert_eq!(used.len(), 20);
+}

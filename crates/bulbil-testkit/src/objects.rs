@@ -118,6 +118,7 @@ struct FaultPlan {
     operations: u64,
     kill_at: Option<u64>,
     killed: bool,
+    done: BTreeMap<&'static str, u64>,
 }
 
 enum Fault {
@@ -133,8 +134,20 @@ impl FaultyObjects {
     /// after its effect.
     #[must_use]
     pub fn new(inner: Arc<dyn Objects>, seed: u64, rates: FaultRates, kill_at: Option<u64>) -> Self {
-        let plan = FaultPlan { rng: Rng::new(seed), operations: 0, kill_at, killed: false };
+        let rng = Rng::new(seed);
+        let plan = FaultPlan { rng, operations: 0, kill_at, killed: false, done: BTreeMap::new() };
         Self { inner, rates, plan: Mutex::new(plan) }
+    }
+
+    /// Kills the process now.
+    pub fn kill(&self) {
+        self.plan.lock().unwrap().killed = true;
+    }
+
+    /// What was made to fail, by kind.
+    #[must_use]
+    pub fn faults(&self) -> BTreeMap<&'static str, u64> {
+        self.plan.lock().unwrap().done.clone()
     }
 
     /// Whether the kill has come.
@@ -162,19 +175,21 @@ impl FaultyObjects {
         }
         let rates = self.rates;
         let mut hits = |rate: u64| rate > 0 && plan.rng.one_in(rate);
-        if hits(rates.fail_before) {
-            Fault::Before(StoreErrorKind::Timeout)
+        let (kind, fault) = if hits(rates.fail_before) {
+            ("refused", Fault::Before(StoreErrorKind::Timeout))
         } else if hits(rates.fail_after) {
-            Fault::After(StoreErrorKind::Timeout)
+            ("answer lost", Fault::After(StoreErrorKind::Timeout))
         } else if is_put && hits(rates.no_space) {
-            Fault::Before(StoreErrorKind::NoSpace)
+            ("no space", Fault::Before(StoreErrorKind::NoSpace))
         } else if is_read && hits(rates.corrupt_read) {
-            Fault::CorruptRead(plan.rng.next_u64())
+            ("read corrupted", Fault::CorruptRead(plan.rng.next_u64()))
         } else if is_read && hits(rates.truncated_read) {
-            Fault::TruncatedRead
+            ("read truncated", Fault::TruncatedRead)
         } else {
-            Fault::None
-        }
+            return Fault::None;
+        };
+        *plan.done.entry(kind).or_default() += 1;
+        fault
     }
 
     fn run<T>(
@@ -236,6 +251,10 @@ impl Objects for FaultyObjects {
 
     fn delete(&self, name: &str) -> Result<(), StoreError> {
         self.run(false, name, |inner| inner.delete(name))
+    }
+
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        self.run(false, "several objects", |inner| inner.make_durable(names))
     }
 
     fn is_remote(&self) -> bool {

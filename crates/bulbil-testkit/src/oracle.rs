@@ -52,6 +52,24 @@ impl DiskOracle {
         self.in_flight = 0..0;
     }
 
+    /// Notes what a write that was noted last and failed has left: each block of `content`, from this block on, is as
+    /// before or as it was to be.
+    ///
+    /// # Errors
+    /// A sentence about the first block that is neither.
+    pub fn write_failed(&mut self, first_block: u64, content: &[u8]) -> Result<(), String> {
+        self.answered();
+        for (number, block) in (first_block as usize..).zip(content.chunks(BLOCK_LEN)) {
+            let found = parse(block).map_err(|sector| format!("block {number}: sector {sector} is torn"))?;
+            let possible = &mut self.blocks[number];
+            if !possible[possible.len().saturating_sub(2)..].contains(&found) {
+                return Err(format!("block {number} holds {found:x?} after a failed write, possible: {possible:x?}"));
+            }
+            possible.push(found);
+        }
+        Ok(())
+    }
+
     /// Notes that a flush was acknowledged that began after every write noted so far.
     pub fn flushed(&mut self) {
         self.answered();

@@ -33,6 +33,19 @@ pub struct PowerLossDirectory {
 /// A small file: the content on disk, and those that may be there instead, the newest last.
 type Replaced = (Option<Vec<u8>>, Vec<Vec<u8>>);
 
+/// What goes wrong with files, each once in so many operations on average; 0 is never.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DirectoryFaults {
+    /// A write, hole or new file finds no space and changes nothing.
+    pub no_space: u64,
+    /// A write fails, and some of its units are written.
+    pub failed_write: u64,
+    /// A read fails.
+    pub failed_read: u64,
+    /// A sync fails: each unit is durable or not, no later sync makes it so, and reads do not show it.
+    pub failed_sync: u64,
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Names of files, by path.
@@ -52,12 +65,39 @@ struct State {
     boots: u64,
     full: bool,
     no_links: bool,
+    faults: Option<(DirectoryFaults, Rng)>,
+    sync_failed: bool,
+    done: BTreeMap<&'static str, u64>,
+}
+
+impl State {
+    /// Whether a fault of this rate happens now.
+    fn hits(&mut self, kind: &'static str, rate: impl Fn(&DirectoryFaults) -> u64) -> bool {
+        let Some((faults, rng)) = &mut self.faults else { return false };
+        let rate = rate(faults);
+        let hit = rate > 0 && rng.one_in(rate);
+        if hit {
+            *self.done.entry(kind).or_default() += 1;
+        }
+        hit
+    }
+
+    fn no_space(&mut self) -> io::Result<()> {
+        let full = self.hits("files: no space", |faults| faults.no_space);
+        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+fn failed(what: &str) -> io::Error {
+    io::Error::other(format!("the {what} was made to fail"))
 }
 
 #[derive(Debug)]
 struct FileState {
     atom: usize,
     durable: BTreeMap<u64, Vec<u8>>,
+    /// Units that a sync has failed to make durable, as reads show them.
+    lost: BTreeMap<u64, Vec<u8>>,
     /// Versions of each unit since the last sync, the newest last.
     unsynced: BTreeMap<u64, Vec<Vec<u8>>>,
 }
@@ -67,6 +107,15 @@ impl State {
     fn links(&self, path: &str) -> Option<u64> {
         let file = self.names.get(path)?;
         Some(self.names.values().filter(|other| *other == file).count() as u64)
+    }
+
+    /// Makes an empty file with a name, unless there is one already and it may stay.
+    fn name_new_file(&mut self, path: &str, replace: bool) {
+        if replace || !self.names.contains_key(path) {
+            let number = self.files.keys().next_back().map_or(0, |last| last + 1);
+            self.files.insert(number, FileState::new(path));
+            self.names.insert(path.to_owned(), number);
+        }
     }
 
     fn sync_name(&mut self, path: &str) {
@@ -79,9 +128,18 @@ impl State {
 }
 
 impl FileState {
+    fn new(path: &str) -> Self {
+        let (durable, lost, unsynced) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { atom: atom_bytes(path), durable, lost, unsynced }
+    }
+
     fn unit(&self, number: u64) -> Vec<u8> {
         let newest = self.unsynced.get(&number).and_then(|versions| versions.last());
-        newest.or_else(|| self.durable.get(&number)).cloned().unwrap_or_else(|| vec![0; self.atom])
+        newest
+            .or_else(|| self.lost.get(&number))
+            .or_else(|| self.durable.get(&number))
+            .cloned()
+            .unwrap_or_else(|| vec![0; self.atom])
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) {
@@ -99,11 +157,25 @@ impl FileState {
 
     fn sync(&mut self) {
         for (number, versions) in std::mem::take(&mut self.unsynced) {
+            self.lost.remove(&number);
             self.durable.insert(number, versions.into_iter().next_back().unwrap());
         }
     }
 
+    fn fail_sync(&mut self, rng: &mut Rng) {
+        for number in self.unsynced.keys().copied().collect::<Vec<_>>() {
+            self.lost.insert(number, self.unit(number));
+        }
+        self.settle(rng);
+    }
+
     fn crash(&mut self, rng: &mut Rng) {
+        self.lost.clear();
+        self.settle(rng);
+    }
+
+    /// Of each unit any version since the last sync becomes the durable one.
+    fn settle(&mut self, rng: &mut Rng) {
         for (number, mut versions) in std::mem::take(&mut self.unsynced) {
             let survivor = rng.below(versions.len() as u64 + 1) as usize;
             if survivor < versions.len() {
@@ -127,6 +199,28 @@ impl PowerLossDirectory {
     /// Says whether files can have one name only.
     pub fn set_without_links(&self, without: bool) {
         self.state.lock().unwrap().no_links = without;
+    }
+
+    /// Makes operations fail by chance, from a seed, from now on.
+    pub fn set_faults(&self, faults: DirectoryFaults, seed: u64) {
+        self.state.lock().unwrap().faults = Some((faults, Rng::new(seed)));
+    }
+
+    /// Lets nothing fail by chance any more.
+    pub fn clear_faults(&self) {
+        self.state.lock().unwrap().faults = None;
+    }
+
+    /// What failed by chance, by kind.
+    #[must_use]
+    pub fn faults(&self) -> BTreeMap<&'static str, u64> {
+        self.state.lock().unwrap().done.clone()
+    }
+
+    /// Whether a sync has failed since the last loss of power: only a restart of the machine shows what is there.
+    #[must_use]
+    pub fn sync_has_failed(&self) -> bool {
+        self.state.lock().unwrap().sync_failed
     }
 
     /// Whether operations fail now.
@@ -157,6 +251,7 @@ impl PowerLossDirectory {
             newer.clear();
         }
         state.fuse = None;
+        state.sync_failed = false;
         state.generation += 1;
         state.boots += 1;
     }
@@ -220,27 +315,23 @@ impl StorageDirectory for PowerLossDirectory {
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.path(name);
         self.now(|state| {
+            state.no_space()?;
             state.removed.remove(&path);
-            if !state.names.contains_key(&path) {
-                let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
-                let number = state.files.keys().next_back().map_or(0, |last| last + 1);
-                state.files.insert(number, empty);
-                state.names.insert(path.clone(), number);
-            }
-        })?;
+            state.name_new_file(&path, false);
+            Ok::<_, io::Error>(())
+        })??;
         Ok(self.file(path))
     }
 
     fn create_volatile(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.path(name);
         self.now(|state| {
-            let empty = FileState { atom: atom_bytes(&path), durable: BTreeMap::new(), unsynced: BTreeMap::new() };
-            let number = state.files.keys().next_back().map_or(0, |last| last + 1);
-            state.files.insert(number, empty);
+            state.no_space()?;
             state.removed.remove(&path);
-            state.names.insert(path.clone(), number);
+            state.name_new_file(&path, true);
             state.unsynced_names.insert(path.clone());
-        })?;
+            Ok::<_, io::Error>(())
+        })??;
         Ok(self.file(path))
     }
 
@@ -286,9 +377,7 @@ impl StorageDirectory for PowerLossDirectory {
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let path = self.path(name);
         // The temporary file; its new name; the sync of the directory.
-        if self.now(|state| state.full)? {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
+        self.now(|state| if state.full { Err(io::ErrorKind::StorageFull.into()) } else { state.no_space() })??;
         self.now(|state| state.replaced.entry(path.clone()).or_default().1.push(bytes.to_vec()))?;
         self.now(|state| {
             let (durable, newer) = state.replaced.get_mut(&path).unwrap();
@@ -346,17 +435,46 @@ struct PowerLossFile {
 
 impl PowerLossFile {
     fn with<R>(&self, work: impl FnOnce(&mut FileState) -> R) -> io::Result<R> {
-        let done = self.directory.with(self.generation, |state| {
-            let file = *state.names.get(&self.path)?;
-            state.files.get_mut(&file).map(work)
-        })?;
-        done.ok_or_else(|| io::Error::other(format!("`{}` was removed", self.path)))
+        self.checked(|_| Ok(()), work)
+    }
+
+    /// Does something unless `check` fails.
+    fn checked<R>(
+        &self,
+        check: impl FnOnce(&mut State) -> io::Result<()>,
+        work: impl FnOnce(&mut FileState) -> R,
+    ) -> io::Result<R> {
+        self.directory.with(self.generation, |state| {
+            check(state)?;
+            let file = state.names.get(&self.path).copied();
+            let file = file.and_then(|file| state.files.get_mut(&file));
+            file.map(work).ok_or_else(|| io::Error::other(format!("`{}` was removed", self.path)))
+        })?
+    }
+
+    /// Writes, or fails with a part of it written.
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let fails = self.directory.with(self.generation, |state| {
+            state.no_space()?;
+            Ok::<_, io::Error>(state.hits("files: failed write", |faults| faults.failed_write))
+        })??;
+        if !fails {
+            return self.with(|file| file.write(offset, bytes));
+        }
+        // A prefix of whole units.
+        let whole = bytes.len() / 2 / 4096 * 4096;
+        self.with(|file| file.write(offset, &bytes[..whole]))?;
+        Err(failed("write"))
     }
 }
 
 impl StorageFile for PowerLossFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.with(|file| {
+        let check = |state: &mut State| match state.hits("files: failed read", |faults| faults.failed_read) {
+            true => Err(failed("read")),
+            false => Ok(()),
+        };
+        self.checked(check, |file| {
             let mut done = 0;
             while done < buf.len() {
                 let at = offset + done as u64;
@@ -369,24 +487,36 @@ impl StorageFile for PowerLossFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.with(|file| file.write(offset, buf))
+        self.write(buf, offset)
     }
 
     fn punch_hole(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
-        self.with(|file| file.write(offset, &vec![0; len_bytes as usize]))
+        self.write(&vec![0; len_bytes as usize], offset)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.with(FileState::sync)
+        self.directory.with(self.generation, |state| {
+            let fails = state.hits("files: failed sync", |faults| faults.failed_sync);
+            let number = state.names.get(&self.path).copied();
+            let Some(file) = number.and_then(|number| state.files.get_mut(&number)) else {
+                return Err(io::Error::other(format!("`{}` was removed", self.path)));
+            };
+            match &mut state.faults {
+                Some((_, rng)) if fails => file.fail_sync(rng),
+                _ => file.sync(),
+            }
+            state.sync_failed |= fails;
+            if fails { Err(failed("sync")) } else { Ok(()) }
+        })?
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         self.with(|file| {
             let first = offset / file.atom as u64;
-            let next = [file.durable.range(first..).next().map(|(unit, _)| *unit), {
-                file.unsynced.range(first..).next().map(|(unit, _)| *unit)
-            }];
-            next.into_iter().flatten().min().map(|unit| offset.max(unit * file.atom as u64))
+            let written = [file.durable.range(first..).next(), file.lost.range(first..).next()];
+            let next = written.map(|found| found.map(|(unit, _)| *unit));
+            let unsynced = file.unsynced.range(first..).next().map(|(unit, _)| *unit);
+            next.into_iter().chain([unsynced]).flatten().min().map(|unit| offset.max(unit * file.atom as u64))
         })
     }
 }

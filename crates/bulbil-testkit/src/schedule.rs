@@ -23,6 +23,8 @@ struct ScheduleState {
     /// For each actor how many of its threads wait; `None` when it has finished.
     waiting: Vec<Option<u32>>,
     turn: Option<usize>,
+    /// Whether an operation is being made.
+    busy: bool,
     /// Who goes on more often than others, for a while: long stays of one actor find other errors than fair turns.
     favourite: usize,
     steps: u64,
@@ -32,8 +34,14 @@ impl Schedule {
     /// A schedule for so many actors, none of which has begun.
     #[must_use]
     pub fn new(seed: u64, actors: usize) -> Arc<Self> {
-        let state =
-            ScheduleState { rng: Rng::new(seed), waiting: vec![Some(0); actors], turn: None, favourite: 0, steps: 0 };
+        let state = ScheduleState {
+            rng: Rng::new(seed),
+            waiting: vec![Some(0); actors],
+            turn: None,
+            busy: false,
+            favourite: 0,
+            steps: 0,
+        };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -43,16 +51,30 @@ impl Schedule {
         ScheduledObjects { schedule: Arc::clone(self), actor, inner }
     }
 
-    /// Waits for the actor's turn.
-    pub fn wait_for_turn(&self, actor: usize) {
+    /// Waits for the actor's turn; threads that an actor which has finished left behind go on at once.
+    fn wait_for_turn(&self, actor: usize) {
         let mut state = self.state.lock().unwrap();
-        *state.waiting[actor].as_mut().unwrap() += 1;
+        let Some(waiting) = &mut state.waiting[actor] else { return };
+        *waiting += 1;
         self.choose(&mut state);
         while state.turn != Some(actor) {
+            if state.waiting[actor].is_none() {
+                return;
+            }
             state = self.changed.wait(state).unwrap();
         }
         state.turn = None;
-        *state.waiting[actor].as_mut().unwrap() -= 1;
+        if let Some(waiting) = &mut state.waiting[actor] {
+            *waiting -= 1;
+        }
+        state.busy = true;
+    }
+
+    /// Says that the operation is over; another thread of its actor may wait for its turn, and this one for that.
+    fn operation_done(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.busy = false;
+        self.choose(&mut state);
     }
 
     /// Says that an actor makes no operation any more.
@@ -60,6 +82,12 @@ impl Schedule {
         let mut state = self.state.lock().unwrap();
         state.waiting[actor] = None;
         self.choose(&mut state);
+        self.changed.notify_all();
+    }
+
+    /// Says that an actor that had finished makes operations again.
+    pub fn begin(&self, actor: usize) {
+        self.state.lock().unwrap().waiting[actor].get_or_insert(0);
     }
 
     /// Operations made so far.
@@ -70,7 +98,7 @@ impl Schedule {
 
     fn choose(&self, state: &mut ScheduleState) {
         let ready = |waiting: &Option<u32>| waiting.is_none_or(|count| count > 0);
-        if state.turn.is_some() || !state.waiting.iter().all(ready) {
+        if state.busy || state.turn.is_some() || !state.waiting.iter().all(ready) {
             return;
         }
         let unfinished: Vec<_> = (0..state.waiting.len()).filter(|actor| state.waiting[*actor].is_some()).collect();
@@ -96,10 +124,27 @@ pub struct ScheduledObjects {
     inner: Arc<dyn Objects>,
 }
 
+/// An operation that is being made.
+struct Turn<'a>(&'a ScheduledObjects);
+
+impl std::ops::Deref for Turn<'_> {
+    type Target = dyn Objects;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0.inner
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.schedule.operation_done();
+    }
+}
+
 impl ScheduledObjects {
-    fn inner(&self) -> &dyn Objects {
+    fn inner(&self) -> Turn<'_> {
         self.schedule.wait_for_turn(self.actor);
-        &*self.inner
+        Turn(self)
     }
 }
 
@@ -137,6 +182,10 @@ impl Objects for ScheduledObjects {
 
     fn delete(&self, name: &str) -> Result<(), StoreError> {
         self.inner().delete(name)
+    }
+
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        self.inner().make_durable(names)
     }
 
     fn is_remote(&self) -> bool {

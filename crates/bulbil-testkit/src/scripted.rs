@@ -160,6 +160,10 @@ impl Objects for ScriptedObjects {
         self.below.delete(name)
     }
 
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        self.below.make_durable(names)
+    }
+
     fn is_remote(&self) -> bool {
         self.remote
     }

@@ -111,6 +111,8 @@ fn read_marker(directory: &dyn StorageDirectory) -> io::Result<Marker> {
     if bytes[..16] != marker_head() {
         return Ok(Marker::Damaged);
     }
+    // Whoever wrote it may have been killed before the sync, and what is written from here on is read with it only.
+    file.sync_data()?;
     let part = |at: usize| bytes[at..at + 32].try_into().expect("32 bytes");
     Ok(Marker::Known { salt: part(16), check: part(48) })
 }

@@ -142,13 +142,22 @@ pub struct HostDirectory {
     path: PathBuf,
     /// Where it is made when it is missing.
     parent: Option<PathBuf>,
+    /// Of a host that is started again on its own.
+    boot_id: Option<String>,
 }
 
 impl HostDirectory {
     /// Uses an existing directory.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), parent: None }
+        Self { path: path.to_owned(), parent: None, boot_id: None }
+    }
+
+    /// Says which boot of the host this is, in place of `/proc/sys/kernel/random/boot_id`: for file systems that
+    /// lose what was not synced while this host goes on.
+    #[must_use]
+    pub fn in_boot(self, boot_id: String) -> Self {
+        Self { boot_id: Some(boot_id), ..self }
     }
 
     fn create_file(&self, name: &str) -> io::Result<File> {
@@ -222,7 +231,7 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn boot_id(&self) -> io::Result<String> {
-        host_boot_id()
+        self.boot_id.clone().map_or_else(host_boot_id, Ok)
     }
 
     fn create_all(&self, names: &[String]) -> io::Result<()> {
@@ -251,7 +260,8 @@ impl StorageDirectory for HostDirectory {
     }
 
     fn subdirectory(&self, name: &str) -> Arc<dyn StorageDirectory> {
-        Arc::new(Self { path: self.path.join(name), parent: Some(self.path.clone()) })
+        let (path, parent) = (self.path.join(name), Some(self.path.clone()));
+        Arc::new(Self { path, parent, boot_id: self.boot_id.clone() })
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use bulbil_store::{Manifest, Store};
+use bulbil_store::{Manifest, Store, make_directory};
 use bulbil_types::{BLOCK_BYTES, BLOCK_LEN, VolumeId};
 
 use crate::base::Base;
@@ -31,12 +31,12 @@ pub struct VolumeDirectory {
 }
 
 impl VolumeDirectory {
-    /// Uses a directory, which is made when it is missing.
+    /// Uses a directory, which is made when it is missing. Its name is durable when this returns.
     ///
     /// # Errors
     /// `Io` or `NoSpace`.
     pub fn open(path: &Path) -> Result<Self, VolumeError> {
-        std::fs::create_dir_all(path).map_err(|e| VolumeError::io(format!("cannot create `{}`", path.display()), e))?;
+        make_directory(path).map_err(|e| VolumeError::io(format!("cannot create `{}`", path.display()), e))?;
         Ok(Self { path: path.to_owned() })
     }
 

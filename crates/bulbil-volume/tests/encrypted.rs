@@ -43,7 +43,11 @@ fn a_crash_while_the_key_of_an_overlay_is_made_does_no_harm() {
         let directory = PowerLossDirectory::default();
         directory.set_fuse(rng.below(4));
         let opened = open_for_store(Arc::new(directory.clone()), &image.store);
-        directory.lose_power(&mut rng);
+        if rng.one_in(2) {
+            directory.kill_process();
+        } else {
+            directory.lose_power(&mut rng);
+        }
         drop(opened);
         let volume = image.volume(Arc::new(directory.clone()));
         volume.write_at(&tagged(7, 3), 512, true).unwrap();

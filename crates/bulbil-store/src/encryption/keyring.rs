@@ -138,14 +138,14 @@ impl Keyring {
     /// A data key by its number; one that another process has added is looked for.
     ///
     /// # Errors
-    /// `Key` when there is none of this number; `Corrupt`, `Io`, `Timeout`.
+    /// `Corrupt` when there is none of this number: what names it is damaged; `Io`, `Timeout`.
     pub(crate) fn data_key(&self, number: u16) -> Result<Secret, StoreError> {
         let find = || self.data.read().unwrap_or_else(PoisonError::into_inner).get(&number).cloned();
         if let Some(key) = find() {
             return Ok(key);
         }
         self.refresh()?;
-        find().ok_or_else(|| key_error(format!("the store has no data key {number}")))
+        find().ok_or_else(|| StoreError::corrupt(format!("the store has no data key {number}")))
     }
 
     /// Takes in what other processes have added.

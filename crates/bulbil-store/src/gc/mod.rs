@@ -140,7 +140,10 @@ impl Store {
                 return Ok(report);
             }
             self.delete_packs(&decided, &mut report)?;
-            for name in marks.superseded.iter().filter(|name| superseded_before.contains(*name)) {
+            let superseded: Vec<_> = marks.superseded.iter().filter(|name| superseded_before.contains(*name)).collect();
+            // The editions above them lie beside them.
+            self.objects.make_durable(&superseded.iter().map(|name| (*name).clone()).collect::<Vec<_>>())?;
+            for name in superseded {
                 self.objects.delete(name)?;
                 report.deleted_manifests += 1;
             }

@@ -1,11 +1,14 @@
 //! Objects as files below one directory.
 
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::Objects;
+use crate::durable::{make_directory, sync_directory};
 use crate::error::StoreError;
 
 /// Objects as files below one directory.
@@ -13,6 +16,8 @@ use crate::error::StoreError;
 pub struct DirObjects {
     root: PathBuf,
     temporary: PathBuf,
+    /// Directories whose names this process has made durable.
+    durable: Mutex<HashSet<PathBuf>>,
 }
 
 impl DirObjects {
@@ -25,9 +30,10 @@ impl DirObjects {
     /// `Io` or `NoSpace` when it cannot be created.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let temporary = root.join("tmp");
-        std::fs::create_dir_all(&temporary)
+        make_directory(root)
+            .and_then(|()| std::fs::create_dir_all(&temporary))
             .map_err(|e| StoreError::io(format!("cannot create `{}`", temporary.display()), e))?;
-        let objects = Self { root: root.to_owned(), temporary };
+        let objects = Self { root: root.to_owned(), temporary, durable: Mutex::default() };
         objects.remove_stale_temporaries();
         Ok(objects)
     }
@@ -56,15 +62,13 @@ impl DirObjects {
     }
 
     /// Makes the directories above an object, each with a durable name.
+    ///
+    /// Also where they are there: who has made them may have been killed before that.
     fn make_parent(&self, path: &Path) -> io::Result<PathBuf> {
         let parent = path.parent().expect("an object lies below the root").to_owned();
-        let missing: Vec<_> = parent.ancestors().take_while(|directory| !directory.is_dir()).collect();
-        for directory in missing.into_iter().rev() {
-            match std::fs::create_dir(directory) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-                _ => {}
-            }
-            sync_directory(directory.parent().unwrap_or(&self.root))?;
+        if !self.durable.lock().unwrap_or_else(PoisonError::into_inner).contains(&parent) {
+            make_directory(&parent)?;
+            self.durable.lock().unwrap_or_else(PoisonError::into_inner).insert(parent.clone());
         }
         Ok(parent)
     }
@@ -88,10 +92,6 @@ impl DirObjects {
         }
         Ok(path)
     }
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 impl Objects for DirObjects {
@@ -199,6 +199,15 @@ impl Objects for DirObjects {
             }
             _ => Ok(()),
         }
+    }
+
+    fn make_durable(&self, names: &[String]) -> Result<(), StoreError> {
+        let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
+        let directories: BTreeSet<_> = paths.iter().filter_map(|path| path.parent()).collect();
+        let sync = |directory: &Path| make_directory(directory).and_then(|()| sync_directory(directory));
+        directories.into_iter().try_for_each(|directory| {
+            sync(directory).map_err(|e| StoreError::io(format!("cannot sync `{}`", directory.display()), e))
+        })
     }
 }
 

@@ -66,6 +66,14 @@ pub trait Objects: Send + Sync + std::fmt::Debug {
     /// `Io` or `Timeout`.
     fn delete(&self, name: &str) -> Result<(), StoreError>;
 
+    /// Makes objects durable that were seen, and that another process may have put without coming to its end.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn make_durable(&self, _names: &[String]) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// Whether each request crosses a network: readers then ask for more at once, and ahead.
     fn is_remote(&self) -> bool {
         false
