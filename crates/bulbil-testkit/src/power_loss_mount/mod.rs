@@ -100,9 +100,13 @@ impl PowerLossMachine {
         PowerLossMount { machine: self.clone(), process, directory: directory.to_owned(), _session: session }
     }
 
-    /// Lets `operations` more operations of all processes succeed; with the next one the power is lost.
+    /// Lets `operations` more operations of all processes succeed; with the next one the power is lost. One that is lost
+    /// stays so until [`lose_power`](Self::lose_power).
     pub fn set_fuse(&self, operations: u64) {
-        lock(&self.state).fuse = Some(operations);
+        let fuse = &mut lock(&self.state).fuse;
+        if *fuse != Some(0) {
+            *fuse = Some(operations);
+        }
     }
 
     /// Makes operations fail by chance from now on.
