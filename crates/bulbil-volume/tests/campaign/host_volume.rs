@@ -70,7 +70,8 @@ impl HostVolume {
     /// The process that had it open is gone.
     pub(crate) fn crash(&mut self, loses_power: bool, rng: &mut Rng) {
         self.open = None;
-        self.ended_in = Some(self.disk.boot_id());
+        // One that was not opened since has waited from then on.
+        self.ended_in.get_or_insert_with(|| self.disk.boot_id());
         self.disk.crash(loses_power, rng);
         self.broken = false;
     }
