@@ -138,6 +138,12 @@ impl FileData {
     fn crash(&mut self, rng: &mut Rng) {
         self.size.crash(rng);
         self.units.values_mut().for_each(|unit| unit.crash(rng));
+        // What lies past the end is never seen again, also when the file grows.
+        let size_bytes = self.size_bytes();
+        self.units.retain(|unit, _| unit * UNIT < size_bytes);
+        if let Some(Some(last)) = self.units.get_mut(&(size_bytes / UNIT)).map(|unit| &mut unit.durable) {
+            last[(size_bytes % UNIT) as usize..].fill(0);
+        }
     }
 }
 
