@@ -90,13 +90,26 @@ fn create(objects: &dyn Objects, options: &StoreOptions) -> Result<Document, Sto
             if objects.put_if_absent(NAME, &document.encode())? {
                 return Ok(Document::Encrypted(document));
             }
-            Keyring::forget(objects, store_id);
-            parse(&objects.get(NAME, MAX_BYTES)?)
+            let found = parse(&objects.get(NAME, MAX_BYTES)?)?;
+            if is_another_store(objects, &found, store_id) {
+                Keyring::forget(objects, store_id);
+            }
+            Ok(found)
         }
         (None, true) => Err(key_error("a new encrypted store needs a key; give one with --store-key file:PATH")),
         (Some(_), false) => {
             Err(key_error("there is no store here yet, and a new one would not be encrypted, but a key was given"))
         }
+    }
+}
+
+/// Whether the settings that were found are those of another store, whose keys are there.
+///
+/// Beyond doubt: when an answer was lost or a read damaged, they may be those that this process has just put.
+fn is_another_store(objects: &dyn Objects, found: &Document, store_id: StoreId) -> bool {
+    match found {
+        Document::Plain(_) => true,
+        Document::Encrypted(found) => found.store_id != store_id && Keyring::is_there(objects, found.store_id),
     }
 }
 

@@ -112,6 +112,22 @@ fn bytes_that_change_on_the_way_to_the_service_are_sent_again() {
 }
 
 #[test]
+fn an_object_that_is_read_back_damaged_is_not_taken_for_anothers() {
+    let Way { objects, proxy, server: _server } = way(&S3Server::options(), ProxyOptions::default());
+    let bytes = Rng::new(4).bytes(1000);
+    assert!(objects.put_if_absent("x", &bytes).unwrap());
+    for at in [3, 700] {
+        proxy.inject("GET", Fault::Corrupt(at), 1);
+        assert!(objects.put_if_absent("x", &bytes).unwrap(), "it is there with these bytes");
+    }
+    let other = Rng::new(5).bytes(1000);
+    proxy.inject("GET", Fault::Corrupt(3), 1);
+    assert!(!objects.put_if_absent("x", &other).unwrap());
+    proxy.inject("GET", Fault::Truncate, 1);
+    assert!(!objects.put_if_absent("x", &other).unwrap());
+}
+
+#[test]
 fn a_service_that_does_not_answer_is_a_timeout_within_the_deadline() {
     let Way { objects, proxy, server: _server } = way(&hasty(), ProxyOptions::default());
     objects.put("x", b"0123456789").unwrap();

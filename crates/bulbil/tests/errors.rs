@@ -161,7 +161,7 @@ fn an_error_says_what_to_type_next() {
     let qed = home.file("disk.qed", file_with(&[(0, b"QED\0")]));
     let zip = home.file("disk.zip", file_with(&[(0, b"PK\x03\x04")]));
     let encrypted = home.text_path("encrypted.qcow2");
-    let key = ["--object", "secret,id=key,data=sesame", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
+    let key = ["--object", "secret,id=key,data=sesame", "-o", "encrypt.format=aes,encrypt.key-secret=key"];
     run("qemu-img", &[&["create", "-q", "-f", "qcow2"], &key[..], &[&encrypted, "1M"]].concat());
     let noise = home.file("noise.raw", Rng::new(SEED).bytes(100 << 10));
     let flatten = "hint: flatten it first: qemu-img convert -O qcow2 ";

@@ -55,6 +55,11 @@ impl Keyring {
         Ok(store_id)
     }
 
+    /// Whether the keys of a store are there and whole.
+    pub(crate) fn is_there(objects: &dyn Objects, store_id: StoreId) -> bool {
+        document::newest(objects, store_id).is_ok()
+    }
+
     pub(crate) fn forget(objects: &dyn Objects, store_id: StoreId) {
         if let Err(error) = document::forget(objects, store_id) {
             tracing::warn!(%error, "cannot delete the keys of a store that another process has made first");

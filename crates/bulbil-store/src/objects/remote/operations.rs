@@ -24,6 +24,9 @@ enum Stored {
     Other,
 }
 
+/// Reads of an object that is there, until two say the same.
+const READS_TO_COMPARE: u32 = 5;
+
 impl Inner {
     pub(super) fn path(&self, name: &str) -> Attempt<Path> {
         let whole =
@@ -59,12 +62,18 @@ impl Inner {
     }
 
     async fn compare(&self, path: &Path, bytes: &Bytes) -> Attempt<Stored> {
-        match self.fetch(path, None, |found| found.meta.size == bytes.len() as u64).await {
-            Ok(Some(stored)) if stored == *bytes => Ok(Stored::Same),
-            Ok(_) => Ok(Stored::Other),
-            Err(failure) if failure.kind == StoreErrorKind::NotFound => Ok(Stored::Absent),
-            Err(failure) => Err(failure),
+        let mut other = None;
+        for _ in 0..READS_TO_COMPARE {
+            match self.fetch(path, None, |found| found.meta.size == bytes.len() as u64).await {
+                Ok(Some(stored)) if stored == *bytes => return Ok(Stored::Same),
+                // Of the same size: a body that was damaged on its way is not damaged twice in the same way.
+                Ok(Some(stored)) if other.as_ref() != Some(&stored) => other = Some(stored),
+                Ok(_) => return Ok(Stored::Other),
+                Err(failure) if failure.kind == StoreErrorKind::NotFound => return Ok(Stored::Absent),
+                Err(failure) => return Err(failure),
+            }
         }
+        Err(Failure::passing(StoreErrorKind::Io, "the object that is there is read otherwise each time"))
     }
 
     pub(super) async fn put(&self, name: &str, bytes: Bytes) -> Result<(), StoreError> {
