@@ -1,4 +1,5 @@
-//! Stores in a directory of a machine that kills processes and loses power, on a real mount. Needs `/dev/fuse`, and root.
+//! Stores in a directory of a machine that kills processes and loses power, on a real mount. Needs `/dev/fuse` and
+//! root; skips with a reason without them, unless `CI` is set: then it fails.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic and makes small numbers")]
 
 use std::path::Path;
@@ -23,6 +24,9 @@ fn mounts(machine: &PowerLossMachine, directory: &Path) -> [PowerLossMount; 3] {
 
 #[test]
 fn what_a_process_relies_on_that_another_left_when_it_was_killed_outlives_a_loss_of_power() {
+    if !PowerLossMachine::is_possible() {
+        return;
+    }
     let disk = MemoryDisk((1..40).flat_map(|block| tagged(block, 8)).collect());
     let related = MemoryDisk((1..42).flat_map(|block| tagged(block, 8)).collect());
     let mut killed_in_time = 0;

@@ -64,6 +64,24 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl PowerLossMachine {
+    /// Whether its file system can be mounted here; says why it cannot.
+    ///
+    /// # Panics
+    /// If it cannot, and `CI` is set.
+    #[must_use]
+    #[expect(clippy::print_stderr, reason = "a test says why it does less")]
+    pub fn is_possible() -> bool {
+        let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
+        let reason = match device {
+            Ok(_) if rustix::process::geteuid().is_root() => return true,
+            Ok(_) => "mounting needs root".to_owned(),
+            Err(error) => format!("/dev/fuse cannot be opened: {error}"),
+        };
+        assert!(std::env::var_os("CI").is_none(), "needed where CI is set: {reason}");
+        eprintln!("without the file system that loses power: {reason}");
+        false
+    }
+
     /// A machine with an empty disk.
     #[must_use]
     pub fn new(seed: u64) -> Self {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bulbil_store::{Digest, DigestBuilder, Objects, OwnerId, Store, StoreError, StoreKey, StoreOptions, window_leaf};
-use bulbil_testkit::{FaultRates, ManualClock, Rng, Schedule, StoredContent, tagged};
+use bulbil_testkit::{FaultRates, ManualClock, PowerLossMachine, Rng, Schedule, StoredContent, tagged};
 use bulbil_types::{BLOCK_LEN, FRAME_LEN};
 
 use crate::backing::{Backing, Servers, Which};
@@ -84,7 +84,7 @@ fn make_stores(
 ) -> ([Backing; 2], Option<Arc<Machine>>) {
     let drawn = match seed % 40 {
         7 => "s3",
-        2 | 12 | 22 | 32 => "mount",
+        2 | 12 | 22 | 32 if PowerLossMachine::is_possible() => "mount",
         _ => "memory",
     };
     match std::env::var("BULBIL_CAMPAIGN_BACKING").as_deref().unwrap_or(drawn) {
