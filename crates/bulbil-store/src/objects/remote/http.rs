@@ -38,7 +38,7 @@ pub(super) enum Seen {
     /// No answer came.
     Broken { timeout: bool, text: String },
     /// Whoever gives out credentials refused or did not answer.
-    NoCredentials { text: String },
+    NoCredentials { text: String, is_refused: bool },
 }
 
 type Note = Arc<Mutex<Option<Seen>>>;
@@ -118,12 +118,13 @@ impl WatchedService {
     async fn ask_for_credentials(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let host = request.uri().host().unwrap_or_default().to_owned();
         let answer = self.client.execute(request).await;
-        let text = match &answer {
+        let (status, what) = match &answer {
             Ok(response) if response.status().is_success() => return answer,
-            Ok(response) => format!("{host} gave no credentials: HTTP {}", response.status().as_u16()),
-            Err(error) => format!("{host} gave no credentials: {}", chain(error)),
+            Ok(response) => (response.status().as_u16(), format!("HTTP {}", response.status().as_u16())),
+            Err(error) => (0, chain(error)),
         };
-        note(Some(Seen::NoCredentials { text }));
+        let is_refused = matches!(status, 400 | 401 | 403 | 404);
+        note(Some(Seen::NoCredentials { text: format!("{host} gave no credentials: {what}"), is_refused }));
         answer
     }
 }

@@ -37,8 +37,11 @@ pub(super) fn judge(seen: Option<Seen>, otherwise: &str) -> Failure {
             let kind = if timeout { StoreErrorKind::Timeout } else { StoreErrorKind::Io };
             Failure::passing(kind, text)
         }
-        Some(Seen::NoCredentials { text }) => {
-            Failure::passing(StoreErrorKind::Denied, format!("{text}; {CREDENTIALS_COME_FROM}"))
+        Some(Seen::NoCredentials { text, is_refused }) => {
+            let text = format!("{text}; {CREDENTIALS_COME_FROM}");
+            // Who has none to give has none in a second either.
+            let failure = if is_refused { Failure::last } else { Failure::passing };
+            failure(StoreErrorKind::Denied, text)
         }
         // The answer began well and was then cut off, or was not what was asked for.
         None => Failure::passing(StoreErrorKind::Io, otherwise),
@@ -115,6 +118,15 @@ mod tests {
     fn refusals_name_the_variables() {
         let seen = Seen::Status { status: 403, code: "InvalidAccessKeyId".into(), message: String::new() };
         assert!(judge(Some(seen), "").text.contains("AWS_SECRET_ACCESS_KEY"));
+    }
+
+    #[test]
+    fn who_refuses_credentials_is_asked_once_and_who_is_away_again() {
+        for is_refused in [true, false] {
+            let failure = judge(Some(Seen::NoCredentials { text: "host".into(), is_refused }), "");
+            assert_eq!((failure.kind, failure.again), (StoreErrorKind::Denied, !is_refused));
+            assert!(failure.text.contains("AWS_SECRET_ACCESS_KEY"));
+        }
     }
 
     #[test]
