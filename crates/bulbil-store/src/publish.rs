@@ -68,7 +68,7 @@ impl Store {
     }
 
     /// Whether the object of this size under the name of a manifest says that nothing was published.
-    fn is_void(&self, name: &str, len_bytes: u64) -> Result<bool, StoreError> {
+    pub(crate) fn is_void(&self, name: &str, len_bytes: u64) -> Result<bool, StoreError> {
         if !(8..=Void::MAX_BYTES).contains(&len_bytes) {
             return Ok(false);
         }
@@ -172,9 +172,17 @@ impl Store {
         mine.retain(|p| p.owner.is_none_or(|owner| owner == self.owner));
         // The newest last: an older one is no mark for collections, so it must never be the only one.
         mine.sort_unstable_by_key(|p| (p.owner.is_some(), p.edition));
+        let newest = mine.iter().filter(|p| p.owner.is_some()).map(|p| p.edition).max();
         for published in mine {
-            if !matches!(self.stored_manifest(&published)?, Stored::Void | Stored::Gone) {
-                self.objects.delete(&published.object_name())?;
+            if matches!(self.stored_manifest(&published)?, Stored::Void | Stored::Gone) {
+                continue;
+            }
+            let name = published.object_name();
+            if self.objects.is_remote() && published.owner.is_some() && Some(published.edition) == newest {
+                // A put of it that is still under way somewhere finds its name taken, and a later edition is above it.
+                self.objects.put(&name, &Void::encoded("removed")?)?;
+            } else {
+                self.objects.delete(&name)?;
             }
         }
         Ok(())

@@ -223,9 +223,11 @@ impl Store {
             usage.packs += 1;
             usage.pack_bytes += len_bytes;
         }
-        for (_, len_bytes) in self.objects.list("manifests")? {
-            usage.manifests += 1;
-            usage.manifest_bytes += len_bytes;
+        for (name, len_bytes) in self.objects.list("manifests")? {
+            if !self.is_void(&name, len_bytes)? {
+                usage.manifests += 1;
+                usage.manifest_bytes += len_bytes;
+            }
         }
         Ok(usage)
     }

@@ -429,12 +429,33 @@ fn a_removal_that_is_carried_out_late_takes_nothing_that_was_imported_since() {
     assert!(store.digests().unwrap() == [digest]);
     // One that was answered, and carried out twice, meets no name that is used again.
     let used: std::collections::BTreeSet<_> = (0..20)
-        .flat_map(|_| {
-            let used = names();
+        .map(|_| {
+            let newest = names().into_iter().next_back().unwrap();
             store.remove_manifest(&digest).unwrap();
             import(&store, &disk);
-            used
+            newest
         })
         .collect();
     assert_eq!(used.len(), 20);
+}
+
+#[test]
+fn a_manifest_that_is_put_once_more_after_its_removal_hides_nothing_that_was_imported_since() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    let disk = disk(78);
+    for _ in 0..20 {
+        let digest = import(&store, &disk);
+        let names = fixture.objects.names();
+        let name = names.iter().rfind(|name| name.starts_with("manifests/")).unwrap();
+        let manifest = fixture.objects.get(name, 1 << 20).unwrap();
+        store.remove_manifest(&digest).unwrap();
+        store.sweep().unwrap();
+        import(&store, &disk);
+        // The request of the first import, carried out a second time.
+        fixture.objects.put_if_absent(name, &manifest).unwrap();
+        check_visible(&store);
+        store.remove_manifest(&digest).unwrap();
+        assert_eq!(store.digests().unwrap(), []);
+    }
 }

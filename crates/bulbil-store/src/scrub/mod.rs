@@ -298,15 +298,25 @@ impl Store {
         }
         for directory in ["gc", "leases", "ends", quarantine::DIRECTORY, KEYS_DIRECTORY] {
             for (object, _) in self.objects.list(directory)? {
-                match crate::sealed::get::<serde_json::Value>(&*self.objects, &object) {
-                    Err(e) if e.kind() == StoreErrorKind::Corrupt => {
-                        let reason = e.to_string();
-                        report.damaged_objects.push(ObjectDamage { object, reason, content: None, healed: false });
-                    }
-                    Err(e) if e.kind() == StoreErrorKind::NotFound => {}
-                    other => drop(other?),
-                }
+                self.check_sealed(object, report)?;
             }
+        }
+        for (object, len_bytes) in self.objects.list("manifests")? {
+            if self.is_void(&object, len_bytes)? {
+                self.check_sealed(object, report)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_sealed(&self, object: String, report: &mut ScrubReport) -> Result<(), StoreError> {
+        match crate::sealed::get::<serde_json::Value>(&*self.objects, &object) {
+            Err(e) if e.kind() == StoreErrorKind::Corrupt => {
+                let reason = e.to_string();
+                report.damaged_objects.push(ObjectDamage { object, reason, content: None, healed: false });
+            }
+            Err(e) if e.kind() == StoreErrorKind::NotFound => {}
+            other => drop(other?),
         }
         Ok(())
     }
